@@ -1,0 +1,140 @@
+"""`ltx COMMAND overrides...`: one Hydra application per command.
+
+Every command ends with 0, or with one line on stderr and a non-zero status. stdout carries nothing but what a
+command makes: the path of its artefact, alone, as the last line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "train-target": ("train_target", "train a Synflow-pruned target network"),
+    "construct": ("construct", "construct a lottery ticket for a target"),
+    "eval": ("evaluate", "evaluate a ticket on test data beside its target"),
+    "verify": ("verify", "check that a ticket is a subnetwork of its source and approximates its target"),
+    "tables": ("tables", "write the paper's tables from the results that are there"),
+}
+POSITIONAL = {"verify": "ticket", "eval": "ticket"}  # `ltx verify FILE` is `ltx verify ticket=FILE`
+
+
+def main() -> None:
+    """Entry point of the `ltx` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from ltx import __version__
+
+        print(f"ltx {__version__}")
+        return 0
+    command, overrides = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        return _fail(f"unknown command '{command}'; there are {', '.join(COMMANDS)} (ltx --help)")
+    if command in POSITIONAL:
+        overrides = [_positional(POSITIONAL[command], a) for a in overrides]
+    return _hydra(command, overrides)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ltx COMMAND [KEY=VALUE ...] [--multirun] [--help]",
+            "",
+            "Strong lottery tickets, constructed by solving a subset-sum problem for every parameter.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "ltx COMMAND --help lists the settings, ltx COMMAND --cfg job their values.",
+        ]
+    )
+
+
+def _positional(key: str, argument: str) -> str:
+    """`FILE` -> `key='FILE'`; overrides and flags stay as they are."""
+    if argument.startswith("-") or re.match(r"^[~+]*[\w@./:]+=", argument):
+        return argument
+    quoted = argument.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"
+
+
+def conf_dir() -> Path:
+    """The configuration folder: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/config.yaml beside or inside {package}; install ltx again")
+
+
+def _hydra(command: str, overrides: list[str]) -> int:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ltx import config
+    from ltx.errors import LtxError
+
+    config.register()
+    failures: list[str] = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            task = importlib.import_module(f"ltx.tasks.{COMMANDS[command][0]}")
+            artefact = task.run(config.settings_from(cfg))
+        except (LtxError, OmegaConfBaseException) as error:
+            hydra_config = HydraConfig.get()
+            if hydra_config.launcher and not hydra_config.launcher._target_.endswith("BasicLauncher"):
+                raise  # the job runs elsewhere: only its exception comes back
+            failures.append(_line(error))
+            _fail(failures[-1])
+            return
+        if artefact is not None:
+            print(artefact, flush=True)
+
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"ltx {command}", *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place that reports them
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    except (LtxError, HydraException, OmegaConfBaseException) as error:
+        return _fail(_line(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return 130
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+    return 1 if failures else 0
+
+
+def _line(error: BaseException) -> str:
+    """An exception's message in one line, without Hydra's hints on its own syntax."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    useless = ("To append to your config", "Set the environment variable", "full_key:", "object_type=")
+    kept = [line for line in lines if not line.startswith(useless)]
+    return " ".join(kept or lines or [type(error).__name__])
+
+
+def _fail(message: str) -> int:
+    print(f"ltx: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Every setting, typed and checked. Apart from cli.py and tasks/, the only module that knows omegaconf."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from ltx.errors import LtxError
+from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
+
+# Hydra matches enums by name, and these names are no identifiers
+Construction = Enum("Construction", {"2L": "2L", "L+1": "L+1"})
+Selection = Enum("Selection", {"smallest": "smallest", "best": "best"})
+Head = Enum("Head", {"keep": "keep", "construct": "construct"})
+Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
+Scope = Enum("Scope", {"local": "local", "global": "global"})
+Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
+ActivationName = Enum("ActivationName", {a: a for a in ("relu", "leaky_relu", "tanh", "sigmoid", "identity")})
+
+
+@dataclass
+class DataSettings:
+    name: str = MISSING
+    root: str | None = None
+
+
+@dataclass
+class TargetSettings:
+    name: str = MISSING
+    network: str = MISSING
+    density: float = MISSING  # share kept of every layer at the end
+    scope: Scope = Scope.local  # type: ignore[attr-defined]
+    batch_size: int = MISSING
+    learning_rate: float = MISSING
+    weight_decay: float = 1e-4
+    bound: float | None = 0.99  # |theta| <= 1 - eps is an assumption of both theorems
+    seed: int = 0  # of initialisation and training
+    checkpoint: str | None = None  # a given target instead of a trained one
+
+    def check(self) -> None:
+        _require(0 < self.density <= 1, f"target.density={self.density}: must lie in (0, 1]")
+        _require(self.batch_size >= 1, f"target.batch_size={self.batch_size}: must be at least 1")
+        _require(self.learning_rate > 0, f"target.learning_rate={self.learning_rate}: must be positive")
+        _require(self.bound is None or self.bound > 0, f"target.bound={self.bound}: must be positive or null")
+        _require(self.seed >= 0, f"target.seed={self.seed}: must not be negative")
+
+
+@dataclass
+class ProtocolSettings:
+    name: str = MISSING
+    rounds: int = MISSING
+    epochs: int = MISSING
+
+    def check(self) -> None:
+        _require(self.rounds >= 1, f"protocol.rounds={self.rounds}: must be at least 1")
+        _require(self.epochs >= 1, f"protocol.epochs={self.epochs}: must be at least 1")
+
+
+@dataclass
+class Settings:
+    """All settings of a command, after its overrides."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    target: TargetSettings = field(default_factory=TargetSettings)
+    protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
+    activation: ActivationName = ActivationName.relu  # type: ignore[attr-defined]
+    construction: Construction = Construction["L+1"]
+    m: int = 15
+    epsilon: float = 0.01
+    selection: Selection = Selection.smallest  # type: ignore[attr-defined]
+    head: Head = Head.keep  # type: ignore[attr-defined]
+    scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
+    seed: int = 0
+    device: Device = Device.auto  # type: ignore[attr-defined]
+    output_dir: str = "outputs"
+    ticket: str | None = None
+    limit: int | None = None
+    use_reference: bool = True
+    force: bool = False
+
+    def check(self) -> None:
+        _require(
+            1 <= self.m <= MAX_BASE_SET_SIZE,
+            f"m={self.m}: the base set size must lie between 1 and {MAX_BASE_SET_SIZE}, the solver's limit",
+        )
+        _require(
+            math.isfinite(self.epsilon) and self.epsilon > 0,
+            f"epsilon={self.epsilon}: the allowed error must be a positive number, e.g. epsilon=0.01",
+        )
+        _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")
+        _require(self.limit is None or self.limit >= 1, f"limit={self.limit}: must be at least 1")
+
+    @property
+    def torch_device(self) -> str:
+        """`cpu` or `cuda`; LtxError when a GPU is asked for where there is none."""
+        import torch
+
+        there = torch.cuda.is_available()
+        if self.device is Device.cuda and not there:  # type: ignore[attr-defined]
+            raise LtxError("device=cuda: no CUDA device is available; use device=cpu or device=auto")
+        return "cuda" if there and self.device is not Device.cpu else "cpu"  # type: ignore[attr-defined]
+
+    @property
+    def data_root(self) -> Path | None:
+        return Path(self.data.root).expanduser() if self.data.root else None
+
+    def plain(self) -> dict:
+        """The settings as plain values, for result files."""
+        return _plain(asdict(self))
+
+
+def settings_from(config: DictConfig) -> Settings:
+    """Checked settings from Hydra's config; LtxError for a value that has no meaning."""
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        raise LtxError(f"settings without a value: {', '.join(sorted(missing))}; give them as KEY=VALUE")
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, Settings)
+    for part in (settings, settings.target, settings.protocol):
+        part.check()
+    return settings
+
+
+def register() -> None:
+    """Make the schema known to Hydra."""
+    ConfigStore.instance().store(name="settings_schema", node=Settings)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise LtxError(message)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,118 @@
+"""Image classification data sets as tensors: the whole set in memory, on the device, normalised once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltx.errors import DataError, LtxError
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set: normalised images and their labels, on one device."""
+
+    images: Tensor  # (N, C, H, W) float32
+    labels: Tensor  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What is known of a data set before it is read. Pixels lie in [0, 1] before normalisation."""
+
+    name: str
+    shape: tuple[int, int, int]  # (C, H, W)
+    classes: int
+    mean: tuple[float, ...]  # per channel
+    std: tuple[float, ...]
+    read: Callable[[Path, bool], tuple[Tensor, Tensor]]  # (root, train) -> uint8 or [0, 1] images, labels
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """The least and the largest value that a normalised pixel can take."""
+        return (
+            min(-m / s for m, s in zip(self.mean, self.std, strict=True)),
+            max((1 - m) / s for m, s in zip(self.mean, self.std, strict=True)),
+        )
+
+
+def default_root() -> Path:
+    """Where data sets lie when no root is given: $LTX_DATA, else ~/.cache/ltx."""
+    return Path(os.environ.get("LTX_DATA") or Path.home() / ".cache" / "ltx")
+
+
+def _read_digits(_: Path, train: bool) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float().div_(16)[:, None]  # (1797, 1, 8, 8)
+    labels = torch.from_numpy(bunch.target).long()
+    train_index, test_index = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=360, random_state=0, stratify=bunch.target
+    )
+    index = torch.from_numpy(train_index if train else test_index)
+    return images[index], labels[index]
+
+
+def _read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import MNIST
+
+    there = (root / "MNIST" / "raw").is_dir()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the artefact's path
+            data = MNIST(str(root), train=train, download=True)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        what = "holds damaged files" if there else "does not hold it, and it could not be downloaded"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"MNIST: {root} {what} ({reason}); put the four idx files into {root / 'MNIST' / 'raw'}, or name "
+            "another folder with data.root=DIR or the variable LTX_DATA; target=digits needs no files"
+        ) from error
+    wanted = 60_000 if train else 10_000
+    if tuple(data.data.shape) != (wanted, 28, 28) or len(data.targets) != wanted:
+        raise DataError(
+            f"MNIST: {root / 'MNIST' / 'raw'} holds {len(data.data)} images and {len(data.targets)} labels "
+            f"instead of {wanted}; remove the folder to download it again, or put the original files there"
+        )
+    return data.data[:, None], data.targets
+
+
+DATASETS: dict[str, DatasetSpec] = {
+    "mnist": DatasetSpec("mnist", (1, 28, 28), 10, (0.1307,), (0.3081,), _read_mnist),
+    "digits": DatasetSpec("digits", (1, 8, 8), 10, (0.3053,), (0.3761,), _read_digits),
+}
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """The registered data set of that name; LtxError listing what there is when there is none."""
+    if name not in DATASETS:
+        raise LtxError(f"data set '{name}' is not known; there are {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+@lru_cache(maxsize=4)
+def load(name: str, *, train: bool, root: Path | None = None, device: str = "cpu") -> Split:
+    """Read one split, normalised, onto the device; kept in memory for the next call.
+
+    Raises:
+        DataError: the files are neither there nor reachable, or damaged.
+    """
+    spec = dataset_spec(name)
+    pixels, labels = spec.read(root or default_root(), train)
+    images = pixels.to(device)
+    images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+    mean = torch.tensor(spec.mean, device=device)[:, None, None]
+    std = torch.tensor(spec.std, device=device)[:, None, None]
+    return Split(images.sub_(mean).div_(std), labels.to(device))

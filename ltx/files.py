@@ -1,0 +1,86 @@
+"""Writing so that a reader never meets half a file, and hashes of tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ltx.errors import LtxError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends without an error.
+
+    Raises:
+        LtxError: the folder cannot be written to, or the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    part: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        part = Path(name)
+        os.chmod(part, 0o644)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        raise LtxError(f"cannot write {path}: {reason}; choose another place with output_dir=DIR") from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` at once or not at all."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON; not-a-number is refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content alone."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save
+
+    data = save(
+        {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)},
+        metadata=dict(sorted(metadata.items())),
+    )
+    with replacing(path) as part:
+        try:
+            part.write_bytes(_canonical(data))
+        except SafetensorError as error:  # pragma: no cover - safetensors wraps some OS errors
+            raise OSError(str(error)) from error
+
+
+def _canonical(data: bytes) -> bytes:
+    """The same safetensors file with its JSON header sorted: the library writes metadata in hash order."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

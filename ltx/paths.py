@@ -1,0 +1,24 @@
+"""Where artefacts lie: deterministic folders, so that a second run finds what the first one made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ltx.config import Settings
+
+
+def reference_dir() -> Path:
+    """Measured results that are kept with the code; absent from an installed wheel."""
+    return Path(__file__).resolve().parent.parent / "outputs" / "reference"
+
+
+def target_file(settings: Settings) -> Path:
+    """The target that `ltx train-target` writes with these settings."""
+    t = settings.target
+    name = f"{t.name}-{settings.activation.value}-{settings.protocol.name}-seed{t.seed}"
+    return Path(settings.output_dir) / "targets" / name / "target.safetensors"
+
+
+def reference_target(settings: Settings) -> Path:
+    """The kept target of this network and activation, whether it is there or not."""
+    return reference_dir() / "targets" / f"{settings.target.name}-{settings.activation.value}.safetensors"

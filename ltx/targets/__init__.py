@@ -1,0 +1,28 @@
+"""Target networks and their checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ltx.activations import activation as activation_named
+from ltx.errors import LtxError
+from ltx.targets.checkpoints import Checkpoint, load_into, pack, read_checkpoint, save_target
+from ltx.targets.masked import MaskedConv2d, MaskedLinear, prunable
+from ltx.targets.mnist_cnn import mnist_cnn
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"mnist_cnn": mnist_cnn}
+
+
+def build(network: str, activation: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A fresh target network; LtxError when `network` or `activation` is not registered."""
+    if network not in NETWORKS:
+        raise LtxError(f"network '{network}' is not known; there are {', '.join(NETWORKS)}")
+    return NETWORKS[network](activation_named(activation), shape=shape, classes=classes)
+
+
+__all__ = [
+    "NETWORKS", "Checkpoint", "MaskedConv2d", "MaskedLinear", "build", "load_into", "mnist_cnn", "pack",
+    "prunable", "read_checkpoint", "save_target",
+]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Target checkpoints in and out, with Synaptic-Flow's keys: `x.weight` and its buffer `x.weight_mask`.
+
+A target file is safetensors with dense tensors; `pack` writes the same target sparsely (`x.weight.values`,
+`x.weight.indices`), which is what is kept in the repository. Synaptic-Flow's own `.pt` files are read as data
+(`weights_only=True`).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ltx.errors import CheckpointError
+from ltx.files import write_tensors
+
+FORMAT = "ltx-target/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A target as it was read: the dense state and what the file says of itself."""
+
+    path: Path
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a `.safetensors` target (dense or packed) or a Synaptic-Flow `.pt`.
+
+    Raises:
+        CheckpointError: missing, unreadable, truncated, not a state dict, or with NaN or infinite entries.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            state, metadata = _read_safetensors(path)
+        else:
+            state, metadata = torch.load(path, map_location="cpu", weights_only=True), {}
+    except CheckpointError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        IndexError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({reason}); is it whole?") from error
+    except Exception as error:  # safetensors raises a bare class of its own
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); is it whole?") from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(
+            f"checkpoint {path}: not a state dict of tensors; save model.state_dict(), or use ltx train-target"
+        )
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"checkpoint {path}: '{name}' has NaN or infinite entries")
+    return Checkpoint(path, dict(state), metadata)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    if "shapes" not in metadata:
+        return tensors, metadata
+    state = {}
+    for name, shape in json.loads(metadata["shapes"]).items():
+        values, indices = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.indices").long()
+        flat = torch.zeros(shape).flatten()
+        if len(values) != len(indices) or (
+            len(indices) and not 0 <= indices.min() <= indices.max() < len(flat)
+        ):
+            raise CheckpointError(
+                f"checkpoint {path}: '{name}' has indices that do not fit its shape {shape}"
+            )
+        mask = torch.zeros_like(flat)
+        flat[indices], mask[indices] = values, 1.0
+        state[name], state[f"{name}_mask"] = flat.view(*shape), mask.view(*shape)
+    return {**state, **tensors}, metadata
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint, *, network: str) -> nn.Module:
+    """Load a checkpoint into a freshly built network of the same layout; returns the network in eval mode.
+
+    Raises:
+        CheckpointError: keys or shapes are not the network's, or a mask has entries other than 0 and 1.
+    """
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in checkpoint.state]
+    extra = [name for name in checkpoint.state if name not in expected]
+    if missing or extra:
+        sample = ", ".join([f"no '{n}'" for n in missing[:2]] + [f"unexpected '{n}'" for n in extra[:2]])
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: not a {network} ({sample}; {len(missing)} keys missing, "
+            f"{len(extra)} unexpected); choose the target= it was made for"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != checkpoint.state[name].shape:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: '{name}' has shape {tuple(checkpoint.state[name].shape)}, "
+                f"{network} needs {tuple(tensor.shape)}; choose the target= it was made for"
+            )
+        if (
+            name.endswith("_mask")
+            and not ((checkpoint.state[name] == 0) | (checkpoint.state[name] == 1)).all()
+        ):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: mask '{name}' has entries other than 0 and 1"
+            )
+    model.load_state_dict(checkpoint.state)
+    return model.eval()
+
+
+def save_target(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Write a target densely, masked parameters as 0, so that any reader of Synaptic-Flow's keys can use it."""
+    write_tensors(path, _masked_state(model.state_dict()), {"format": FORMAT, **metadata})
+
+
+def pack(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a target sparsely: of every masked parameter only the kept values and their flat indices."""
+    tensors, shapes = {}, {}
+    for name, tensor in _masked_state(checkpoint.state).items():
+        mask = checkpoint.state.get(f"{name}_mask")
+        if mask is not None:
+            indices = mask.flatten().nonzero().flatten()
+            tensors[f"{name}.indices"], tensors[f"{name}.values"] = indices.int(), tensor.flatten()[indices]
+            shapes[name] = list(tensor.shape)
+        elif not name.endswith("_mask"):
+            tensors[name] = tensor
+    write_tensors(path, tensors, {**checkpoint.metadata, "format": FORMAT, "shapes": json.dumps(shapes)})
+
+
+def _masked_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t * state[f"{n}_mask"] if f"{n}_mask" in state else t for n, t in state.items()}

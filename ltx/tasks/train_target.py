@@ -1,0 +1,81 @@
+"""`ltx train-target`: rounds of Synflow pruning and training; resumes, and does nothing when it is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ltx import data, paths, targets, training
+from ltx.config import Settings
+from ltx.errors import LtxError
+from ltx.tasks import provenance, targets_at
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> Path:
+    """Train the target that the settings describe; the path of its file."""
+    if settings.target.checkpoint:
+        raise LtxError("train-target: target.checkpoint names a given target; there is nothing to train")
+    if settings.seed:
+        raise LtxError("train-target: seed is the source network's; the training's is target.seed")
+    path = paths.target_file(settings)
+    if not settings.force:
+        found = targets_at.find(settings)
+        if found is not None:
+            log.info("%s: there already (%s); force=true trains again", found, targets_at.describe(found))
+            return found
+    return _train(settings, path)
+
+
+def _train(settings: Settings, path: Path) -> Path:
+    device = settings.torch_device
+    protocol = targets_at.protocol_of(settings)
+    train_split = data.load(settings.data.name, train=True, root=settings.data_root, device=device)
+    test_split = data.load(settings.data.name, train=False, root=settings.data_root, device=device)
+    spec = data.dataset_spec(settings.data.name)
+    torch.manual_seed(settings.target.seed)
+    model = targets.build(
+        settings.target.network, settings.activation.value, shape=spec.shape, classes=spec.classes
+    )
+    checkpoint = path.with_name("round.safetensors")
+    if settings.force:
+        checkpoint.unlink(missing_ok=True)
+    with tqdm(total=protocol.rounds * protocol.epochs, unit="epoch", disable=None) as bar:
+
+        def show(p: training.Progress) -> None:
+            bar.n = (p.round - 1) * protocol.epochs + p.epoch
+            bar.set_postfix_str(f"round {p.round}/{protocol.rounds} loss {p.loss:.4f}")
+            if p.accuracy is not None:
+                log.info(
+                    "round %d/%d: loss %.4f, test accuracy %.2f %%",
+                    p.round,
+                    protocol.rounds,
+                    p.loss,
+                    p.accuracy,
+                )
+
+        accuracy = training.train(
+            model, train_split, test_split, protocol, settings.target.density,
+            seed=settings.target.seed, checkpoint=checkpoint, on_progress=show,
+        )  # fmt: skip
+    kept = sum(int(mask.sum()) for _, mask in targets.prunable(model).values())
+    targets.save_target(
+        path,
+        model,
+        {
+            "network": settings.target.network, "activation": settings.activation.value,
+            "data": settings.data.name, "accuracy": f"{accuracy:.4f}", "protocol": settings.protocol.name,
+            "seed": str(settings.target.seed), "kept_parameters": str(kept),
+            "training": json.dumps({**asdict(protocol), "density": settings.target.density}, sort_keys=True),
+            "made_by": json.dumps(provenance.here(), sort_keys=True),
+        },
+    )  # fmt: skip
+    checkpoint.unlink(missing_ok=True)
+    log.info("test accuracy %.2f %%, %d parameters kept", accuracy, kept)
+    return path
