@@ -1,3 +1,35 @@
-"""ltx: strong lottery tickets, constructed by solving a subset-sum problem for every parameter of a target."""
+"""ltx: strong lottery tickets, constructed by solving a subset-sum problem for every parameter of a target.
+
+    import ltx
+    ticket = ltx.construct(model, construction="L+1", base_set_size=15, epsilon=0.01, seed=0)
+    ticket.save("ticket.safetensors")
+    network = ticket.to_module()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ltx.constructions import construct
+    from ltx.errors import LtxError
+    from ltx.ticket import Ticket
+    from ltx.verification import verify
+
+__all__ = ["LtxError", "Ticket", "construct", "verify"]
+
+_WHERE = {
+    "construct": "ltx.constructions", "LtxError": "ltx.errors", "Ticket": "ltx.ticket",
+    "verify": "ltx.verification",
+}  # fmt: skip
+
+
+def __getattr__(name: str):
+    """Import the public names on first use, so that `ltx --help` need not wait for torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ltx' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)

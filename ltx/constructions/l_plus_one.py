@@ -1,0 +1,48 @@
+"""One layer for one: behind the first layer, L+1 approximates each target layer by one source layer (Theorem 3.2).
+
+The inputs exist in m slots each, so that W[i, j, k] is a subset sum of w[(i, q), (j, s), k], s = 1..m, for every
+copy q of channel i.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ltx.constructions.builder import (
+    Outputs, Stream, TicketBuilder, constant_tap, layer_scale, target_problems,
+)  # fmt: skip
+from ltx.constructions.rows import BaseSets, Problems
+from ltx.graph import Layer
+from ltx.source import SourceLayer
+
+
+def direct(
+    builder: TicketBuilder, name: str, target: Layer, stream: Stream, outputs: Outputs, *, free_constants: bool
+) -> Stream:
+    """Approximate `target` by one source layer that reads the slots of `stream`.
+
+    Args:
+        free_constants: whether a fully pruned row is constant and not 0 behind the activation (phi(0) != 0).
+    """
+    m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
+    slots, taps = stream.channels(target)  # (C_in, m)
+    columns, multipliers = slots.clamp_min(0), torch.ones(slots.shape, dtype=torch.float64)
+    constant, tap = len(columns), constant_tap(target, name, taps)
+    if len(stream.constants):
+        columns = torch.cat([columns, stream.constants[None, :m]])
+        multipliers = torch.cat([multipliers, stream.constant_values[None, :m]])
+    problems = target_problems(target, taps, epsilon, torch.arange(len(slots))[:, None], constant, tap)
+    one = Problems(torch.tensor([constant]), torch.tensor([tap]), torch.ones(1, dtype=torch.float64))
+    nothing = Problems(*(t[:0] for t in (one.base, one.tap, one.theta)))
+    width = int(builder.slots[builder.layers[-1].name].shape[0])
+    layer = SourceLayer(
+        name, len(builder.layers), target.kind,
+        (0, width * taps) if target.kind == "linear" else (0, width, *target.weight.shape[2:]), taps,
+        sigma=layer_scale(target, builder.plan.scaling), stride=target.stride, padding=target.padding,
+        dilation=target.dilation, role="direct", target=name,
+    )  # fmt: skip
+    row, constants, values = builder.approximate(
+        layer, target, stream.node, problems, BaseSets(columns, multipliers), outputs,
+        (nothing if free_constants else one) if outputs.constants else None,
+    )  # fmt: skip
+    return Stream(name, row, constants, values, float("inf"), vector=target.kind == "linear")

@@ -1,0 +1,214 @@
+"""nn.Module -> layers: a target as a graph of what the constructions know, by torch.fx, in eval mode."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from ltx.activations import ACTIVATIONS, Activation, leaky_relu
+from ltx.errors import ConstructionError
+from ltx.files import tensor_hash
+from ltx.targets.masked import MaskedConv2d, MaskedLinear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer of the target with its parameters in force (masks applied)."""
+
+    kind: str  # "conv" | "linear"
+    weight: Tensor  # (C_out, C_in, kh, kw) or (C_out, C_in), float32 on the CPU
+    bias: Tensor  # (C_out,); zeros where the layer has none
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def parameters_above(self, epsilon: float) -> int:
+        """Weights and biases of more than epsilon in magnitude: those that a ticket has to approximate."""
+        return int((self.weight.abs() > epsilon).sum() + (self.bias.abs() > epsilon).sum())
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation of the target."""
+
+    name: str
+    op: str  # input | layer | activation | flatten | max_pool | output
+    inputs: tuple[str, ...] = ()
+    layer: Layer | None = None
+    activation: Activation | None = None
+    attributes: dict = field(default_factory=dict)  # of a pooling: kernel_size, stride, padding
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A target network, its nodes in the order in which they run."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Name -> layer, in the order in which they run."""
+        return {node.name: node.layer for node in self.nodes if node.layer is not None}
+
+    @property
+    def head(self) -> str:
+        """Name of the classifier: the last linear layer; ConstructionError where the output is none."""
+        last = next(node for node in self.nodes if node.op == "output").inputs[0]
+        layer = self.layers.get(last)
+        if layer is None or layer.kind != "linear":
+            raise ConstructionError(
+                f"the network ends with '{last}', which is no linear layer, so that there is no head to keep; "
+                "use head='construct'"
+            )
+        return last
+
+    def digest(self) -> str:
+        """SHA-256 over the parameters in force; the same for every file format of the same target."""
+        return tensor_hash(
+            {f"{name}.{part}": getattr(layer, part) for name, layer in self.layers.items() for part in ("weight", "bias")}
+        )
+
+
+class _Tracer(fx.Tracer):
+    """Layers are leaves, whatever module their class was defined in."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> Graph:
+    """The graph of `model` in eval mode.
+
+    Raises:
+        ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason.
+    """
+    training = model.training
+    model.eval()
+    try:
+        traced = _Tracer().trace(model)
+    except Exception as error:  # fx raises many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConstructionError(
+            f"the network {type(model).__name__} cannot be traced by torch.fx ({reason}); "
+            "remove control flow that depends on the input"
+        ) from error
+    finally:
+        model.train(training)
+    nodes: list[Node] = []
+    alias: dict[str, str] = {}  # nodes that do nothing in eval mode -> their input
+    for fx_node in traced.nodes:
+        inputs = tuple(alias.get(a.name, a.name) for a in fx_node.all_input_nodes)
+        node = _convert(model, fx_node, inputs)
+        if node is None:
+            alias[fx_node.name] = inputs[0]
+        else:
+            alias[fx_node.name] = node.name
+            nodes.append(node)
+    inputs = [node for node in nodes if node.op == "input"]
+    if len(inputs) != 1:
+        raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
+    return Graph(tuple(nodes))
+
+
+def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node | None:
+    if node.op == "placeholder":
+        return Node("input", "input")
+    if node.op == "output":
+        if len(inputs) != 1 or not isinstance(node.args[0], fx.Node):
+            raise ConstructionError("the network returns several tensors; ltx constructs networks of one output")
+        return Node("output", "output", inputs)
+    if node.op == "call_module":
+        name = str(node.target)
+        return _convert_module(name, model.get_submodule(name), inputs)
+    if node.op in ("call_function", "call_method"):
+        return _convert_function(node, inputs)
+    raise _refuse(node.name, str(node.target), "parameters used outside a layer are not supported")
+
+
+def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> Node | None:
+    if isinstance(module, nn.Conv2d):
+        return Node(name, "layer", inputs, layer=_convolution(name, module))
+    if isinstance(module, nn.Linear):
+        return Node(name, "layer", inputs, layer=Layer("linear", *_parameters(module)))
+    if isinstance(module, nn.LeakyReLU):
+        return Node(name, "activation", inputs, activation=leaky_relu(module.negative_slope))
+    if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Identity):
+        return None
+    if isinstance(module, nn.Flatten):
+        if (module.start_dim, module.end_dim) != (1, -1):
+            raise _refuse(name, "Flatten", "only start_dim=1, end_dim=-1 keeps one row per image")
+        return Node(name, "flatten", inputs)
+    if isinstance(module, nn.MaxPool2d):
+        if module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1):
+            raise _refuse(name, "MaxPool2d", "ceil_mode, return_indices and dilation are not supported")
+        size = _pair(module.kernel_size)
+        attributes = {
+            "kernel_size": size, "stride": _pair(module.stride or size), "padding": _pair(module.padding)
+        }  # fmt: skip
+        return Node(name, "max_pool", inputs, attributes=attributes)
+    for activation in ACTIVATIONS.values():
+        if type(module) is type(activation.module()):
+            return Node(name, "activation", inputs, activation=activation)
+    known = "Conv2d, Linear, Flatten, MaxPool2d, Dropout, " + ", ".join(
+        type(a.module()).__name__ for a in ACTIVATIONS.values()
+    )
+    raise _refuse(name, type(module).__name__, f"not supported; there are {known}")
+
+
+_FUNCTIONS = {
+    torch.relu: "relu", nn.functional.relu: "relu", "relu": "relu",
+    torch.tanh: "tanh", nn.functional.tanh: "tanh", "tanh": "tanh",
+    torch.sigmoid: "sigmoid", nn.functional.sigmoid: "sigmoid", "sigmoid": "sigmoid",
+}  # fmt: skip
+
+
+def _convert_function(node: fx.Node, inputs: tuple[str, ...]) -> Node:
+    if node.target in _FUNCTIONS:
+        return Node(node.name, "activation", inputs, activation=ACTIVATIONS[_FUNCTIONS[node.target]])  # type: ignore[index]
+    if node.target is nn.functional.leaky_relu:
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+        return Node(node.name, "activation", inputs, activation=leaky_relu(float(slope)))  # type: ignore[arg-type]
+    if node.target in (torch.flatten, "flatten"):
+        start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+        end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
+        if (start, end) == (1, -1):
+            return Node(node.name, "flatten", inputs)
+    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    why = "sums of streams are not supported" if node.target in (operator.add, torch.add) else "not supported"
+    raise _refuse(node.name, str(what), why)
+
+
+def _convolution(name: str, module: nn.Conv2d) -> Layer:
+    if isinstance(module, nn.ConvTranspose2d) or module.groups != 1 or module.padding_mode != "zeros":
+        raise _refuse(name, type(module).__name__, "only convolutions with groups=1 and padding_mode='zeros'")
+    kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
+    if isinstance(module.padding, str):
+        full = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        if module.padding == "same" and any(f % 2 for f in full):
+            raise _refuse(name, "Conv2d", "padding='same' with an even kernel pads one side more than the other")
+        padding = (full[0] // 2, full[1] // 2) if module.padding == "same" else (0, 0)
+    else:
+        padding = _pair(module.padding)
+    return Layer("conv", *_parameters(module), _pair(module.stride), padding, dilation)
+
+
+def _parameters(module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        if isinstance(module, MaskedConv2d | MaskedLinear):
+            weight, bias = module.masked()
+        else:
+            weight, bias = module.weight, module.bias
+        weight = weight.detach().float().cpu().contiguous()
+        bias = torch.zeros(len(weight)) if bias is None else bias.detach().float().cpu().contiguous()
+    return weight, bias
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _refuse(name: str, what: str, why: str) -> ConstructionError:
+    return ConstructionError(f"module '{name}' ({what}): {why}")

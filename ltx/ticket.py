@@ -1,0 +1,195 @@
+"""A ticket: a seed and a 0/1 mask. Whoever has the file and `ltx.source` can rebuild every parameter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ltx import source
+from ltx.errors import CheckpointError
+from ltx.files import write_tensors
+from ltx.liveness import read_channels
+from ltx.source import SourceLayer
+
+if TYPE_CHECKING:
+    from ltx.network import TicketNetwork
+
+FORMAT = "ltx-ticket/1"
+DEAD, CONSTANT = -1, -2  # labels of rows that stand for no target channel
+
+
+@dataclass(frozen=True)
+class TicketNode:
+    """One operation of the ticket's network.
+
+    `op` is input, layer (random parameters under the mask), given (parameters taken from the target),
+    activation, flatten, max_pool or output; `attributes` are JSON values.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    attributes: dict
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A subnetwork of the source network, and what it was made for.
+
+    masks: per source layer the sorted flat indices (o * C_in + i) * K + k of the kept weights, int64.
+    bias_masks: per source layer the sorted output channels whose bias is kept, int64.
+    slots: per source layer and output channel the target channel that it stands for, DEAD or CONSTANT.
+    given: tensors that are not random (a kept head), named `NODE.weight`, `NODE.bias`.
+    """
+
+    seed: int
+    law: str
+    construction: str
+    base_set_size: int
+    epsilon: float
+    selection: str
+    activation: str
+    target_sha256: str
+    layers: tuple[SourceLayer, ...]
+    graph: tuple[TicketNode, ...]
+    masks: Mapping[str, Tensor]
+    bias_masks: Mapping[str, Tensor]
+    slots: Mapping[str, Tensor]
+    given: Mapping[str, Tensor]
+
+    @property
+    def parameters(self) -> int:
+        """Random parameters that are kept; given ones are not counted."""
+        return sum(len(m) for m in (*self.masks.values(), *self.bias_masks.values()))
+
+    @property
+    def source_parameters(self) -> int:
+        """Random parameters of the source network at the width that the construction used up."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def layer(self, name: str) -> SourceLayer:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def kept(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (n,), offsets i * K + k (n,) and values (n,) float32 of the kept weights of a source layer."""
+        layer, mask = self.layer(name), self.masks[name]
+        rows = mask.div(layer.row_size, rounding_mode="floor")
+        offsets = mask - rows * layer.row_size
+        return rows, offsets, source.weights(layer, self.seed, rows, offsets)
+
+    def weight(self, name: str) -> Tensor:
+        """The masked weight of a source layer, dense, (C_out, C_in, kernel...), float32."""
+        layer = self.layer(name)
+        dense = torch.zeros(layer.shape[0] * layer.row_size)
+        dense[self.masks[name]] = self.kept(name)[2]
+        return dense.view(layer.shape)
+
+    def bias(self, name: str) -> Tensor:
+        """The masked bias of a source layer, (C_out,), float32; zeros where the source has none."""
+        layer = self.layer(name)
+        dense = torch.zeros(layer.shape[0])
+        if name in self.bias_masks:
+            rows = self.bias_masks[name]
+            dense[rows] = source.biases(layer, self.seed, rows)
+        return dense
+
+    def read_channels(self) -> dict[str, Tensor]:
+        """Node -> sorted channels that anything behind it reads."""
+
+        def columns(name: str, read: Tensor) -> Tensor:
+            layer, mask = self.layer(name), self.masks[name]
+            mask = mask[torch.isin(mask // layer.row_size, read)]
+            return mask % layer.row_size // layer.taps
+
+        return read_channels(self.graph, self.given, columns)
+
+    def to_module(self, *, device: str = "cpu") -> TicketNetwork:
+        """The ticket as an nn.Module that needs nothing of the target's code."""
+        from ltx.network import TicketNetwork
+
+        return TicketNetwork(self).to(device)
+
+    def save(self, path: Path) -> None:
+        """Write the ticket; the same ticket always gives the same bytes."""
+        tensors = {f"{name}.mask": mask for name, mask in self.masks.items()}
+        tensors |= {f"{name}.bias_mask": mask for name, mask in self.bias_masks.items()}
+        tensors |= {f"{name}.slots": slots for name, slots in self.slots.items()}
+        tensors |= {f"given.{name}": tensor for name, tensor in self.given.items()}
+        metadata = {name: str(getattr(self, name)) for name in _SCALARS}
+        metadata["format"] = FORMAT
+        metadata["layers"] = json.dumps([asdict(layer) for layer in self.layers])
+        metadata["graph"] = json.dumps(
+            [{"name": n.name, "op": n.op, "inputs": n.inputs, **n.attributes} for n in self.graph]
+        )
+        write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Ticket:
+        """Read a ticket file.
+
+        Raises:
+            CheckpointError: missing, truncated, or not a ticket of this format. What the masks hold is for
+                `ltx.verification.verify` to judge.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"ticket {path}: no such file; make one with: ltx construct")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"ticket {path}: cannot be read ({error}); is it whole?") from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"ticket {path}: format '{metadata.get('format')}' is not {FORMAT}; is it a target, not a ticket?"
+            )
+        try:
+            return cls._parse(metadata, tensors)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"ticket {path}: damaged metadata ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _parse(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Ticket:
+        types = {f.name: f.type for f in fields(cls)}
+        scalars = {n: {"int": int, "float": float, "str": str}[str(types[n])](metadata[n]) for n in _SCALARS}
+        layers = tuple(
+            SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+            for entry in json.loads(metadata["layers"])
+        )
+        graph = tuple(
+            TicketNode(
+                entry.pop("name"), entry.pop("op"), tuple(entry.pop("inputs")), entry
+            )
+            for entry in json.loads(metadata["graph"])
+        )  # fmt: skip
+
+        def part(suffix: str) -> dict[str, Tensor]:
+            return {
+                layer.name: tensors[f"{layer.name}.{suffix}"]
+                for layer in layers
+                if f"{layer.name}.{suffix}" in tensors
+            }
+
+        given = {n.removeprefix("given."): t for n, t in tensors.items() if n.startswith("given.")}
+        ticket = cls(
+            **scalars, layers=layers, graph=graph, masks=part("mask"), bias_masks=part("bias_mask"),
+            slots=part("slots"), given=given,
+        )  # fmt: skip
+        for layer in layers:
+            if layer.name not in ticket.masks or layer.name not in ticket.slots:
+                raise KeyError(f"no '{layer.name}.mask' or '{layer.name}.slots'")
+        return ticket
+
+
+_SCALARS = (
+    "seed", "law", "construction", "base_set_size", "epsilon", "selection", "activation", "target_sha256",
+)  # fmt: skip
