@@ -1,9 +1,9 @@
 """ltx: strong lottery tickets, constructed by solving a subset-sum problem for every parameter of a target.
 
-    import ltx
-    ticket = ltx.construct(model, construction="L+1", base_set_size=15, epsilon=0.01, seed=0)
-    ticket.save("ticket.safetensors")
-    network = ticket.to_module()
+import ltx
+ticket = ltx.construct(model, construction="L+1", base_set_size=15, epsilon=0.01, seed=0)
+ticket.save("ticket.safetensors")
+network = ticket.to_module()
 """
 
 from __future__ import annotations

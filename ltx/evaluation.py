@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ltx.data import Split
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A ticket beside its target on the same images; accuracies and agreement in percent."""
+
+    target_accuracy: float
+    ticket_accuracy: float
+    agreement: float  # share of images that both classify alike
+    max_deviation: float  # largest |f_t(x) - f_eps(x)| over images and outputs
+
+
+def compare(target: nn.Module, ticket: nn.Module, split: Split) -> Comparison:
+    """Run target and ticket, both on the split's device, on all of its images."""
+    small = 32 if split.images.device.type == "cpu" else 500  # a ticket is wide: keep its tensors in the cache
+    theirs, ours = outputs(target, split.images), outputs(ticket, split.images, batch_size=small)
+    return Comparison(
+        percent_right(theirs, split.labels), percent_right(ours, split.labels),
+        percent_right(ours, theirs.argmax(1)), float((ours - theirs).abs().max()),
+    )  # fmt: skip
 
 
 @torch.no_grad()

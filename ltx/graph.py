@@ -68,7 +68,11 @@ class Graph:
     def digest(self) -> str:
         """SHA-256 over the parameters in force; the same for every file format of the same target."""
         return tensor_hash(
-            {f"{name}.{part}": getattr(layer, part) for name, layer in self.layers.items() for part in ("weight", "bias")}
+            {
+                f"{name}.{part}": getattr(layer, part)
+                for name, layer in self.layers.items()
+                for part in ("weight", "bias")
+            }
         )
 
 
@@ -98,9 +102,9 @@ def trace(model: nn.Module) -> Graph:
     finally:
         model.train(training)
     nodes: list[Node] = []
-    alias: dict[str, str] = {}  # nodes that do nothing in eval mode -> their input
+    alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
     for fx_node in traced.nodes:
-        inputs = tuple(alias.get(a.name, a.name) for a in fx_node.all_input_nodes)
+        inputs = tuple(alias[a.name] for a in fx_node.all_input_nodes)
         node = _convert(model, fx_node, inputs)
         if node is None:
             alias[fx_node.name] = inputs[0]

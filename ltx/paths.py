@@ -22,3 +22,14 @@ def target_file(settings: Settings) -> Path:
 def reference_target(settings: Settings) -> Path:
     """The kept target of this network and activation, whether it is there or not."""
     return reference_dir() / "targets" / f"{settings.target.name}-{settings.activation.value}.safetensors"
+
+
+def ticket_file(settings: Settings, target_digest: str) -> Path:
+    """The ticket that `ltx construct` writes with these settings for the target of that SHA-256."""
+    s = settings
+    target = f"{s.target.name}-{s.activation.value}-{target_digest[:8]}"
+    name = (
+        f"{s.construction.value}-m{s.m}-eps{s.epsilon:g}-{s.selection.value}-{s.head.value}-{s.scaling.value}"
+        f"-seed{s.seed}"
+    )
+    return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"

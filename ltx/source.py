@@ -34,7 +34,7 @@ class SourceLayer:
     kind: str  # "conv" or "linear"
     shape: tuple[int, ...]  # (C_out, C_in, kernel...)
     taps: int  # K: entries that read one input channel; for a linear layer behind a flatten, its H * W
-    sigma: float = 1.0  # parameters lie in [-sigma, sigma)
+    sigma: float = 1.0  # parameters lie in [-sigma, sigma); a float32
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
@@ -73,7 +73,7 @@ def weights(layer: SourceLayer, seed: int, rows: Tensor, offsets: Tensor) -> Ten
         sign, offsets = 1 - 2 * (channel & 1), offsets - (channel & 1) * layer.taps
     else:
         sign = None
-    values = uniform(seed, layer.index, rows, offsets) * np.float32(layer.sigma)
+    values = uniform(seed, layer.index, rows, offsets) * layer.sigma
     return values if sign is None else values * sign.to(values.dtype)
 
 
@@ -83,15 +83,13 @@ def biases(layer: SourceLayer, seed: int, rows: Tensor) -> Tensor:
     if layer.opposite == "rows":
         sign, rows = (1 - 2 * (rows & 1)).float(), rows & ~1
     values = uniform(seed, layer.index | BIAS_LAYER, rows, torch.zeros_like(rows))
-    return values * np.float32(layer.sigma) * sign
+    return values * layer.sigma * sign
 
 
 def uniform(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:
     """Uniform on [-1, 1), float32, of each (layer, row, offset)."""
     if rows.device.type == "cpu":
-        flat = _uniform_cpu(
-            np.uint64(seed), np.uint64(layer), rows.flatten().numpy(), offsets.flatten().numpy()
-        )
+        flat = _uniform_cpu(np.uint64(seed), np.uint64(layer), rows.flatten().numpy(), offsets.flatten().numpy())
         return torch.from_numpy(flat).view(offsets.shape)
     block = offsets >> 2
     words = philox4x32_10((block & _LOW, block >> 32, rows, torch.full_like(rows, layer)), _key(seed))

@@ -32,9 +32,7 @@ class SparseConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) float32 on the CPU -> (N, C_out, H', W')."""
-        h, w = (
-            (x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1)
-        )
+        h, w = ((x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1))
         out = np.empty((len(x), len(self.bias), h, w), np.float32)
         _convolve(
             x.detach().contiguous().numpy(), self.begin, self.channel, self.dy, self.dx, self.value, self.bias,

@@ -43,9 +43,7 @@ def scores(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
     }
     for name, score in result.items():
         if not torch.isfinite(score).all():
-            raise LtxError(
-                f"synflow: the score of '{name}' overflows float64; rescale the network's parameters"
-            )
+            raise LtxError(f"synflow: the score of '{name}' overflows float64; rescale the network's parameters")
     return result
 
 

@@ -46,6 +46,7 @@ class Ticket:
     bias_masks: per source layer the sorted output channels whose bias is kept, int64.
     slots: per source layer and output channel the target channel that it stands for, DEAD or CONSTANT.
     given: tensors that are not random (a kept head), named `NODE.weight`, `NODE.bias`.
+    input_low, input_high: the range of input elements that it was made for.
     """
 
     seed: int
@@ -56,6 +57,8 @@ class Ticket:
     selection: str
     activation: str
     target_sha256: str
+    input_low: float
+    input_high: float
     layers: tuple[SourceLayer, ...]
     graph: tuple[TicketNode, ...]
     masks: Mapping[str, Tensor]
@@ -162,7 +165,7 @@ class Ticket:
         types = {f.name: f.type for f in fields(cls)}
         scalars = {n: {"int": int, "float": float, "str": str}[str(types[n])](metadata[n]) for n in _SCALARS}
         layers = tuple(
-            SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+            SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})  # type: ignore[arg-type]
             for entry in json.loads(metadata["layers"])
         )
         graph = tuple(
@@ -174,9 +177,7 @@ class Ticket:
 
         def part(suffix: str) -> dict[str, Tensor]:
             return {
-                layer.name: tensors[f"{layer.name}.{suffix}"]
-                for layer in layers
-                if f"{layer.name}.{suffix}" in tensors
+                layer.name: tensors[f"{layer.name}.{suffix}"] for layer in layers if f"{layer.name}.{suffix}" in tensors
             }
 
         given = {n.removeprefix("given."): t for n, t in tensors.items() if n.startswith("given.")}
@@ -192,4 +193,5 @@ class Ticket:
 
 _SCALARS = (
     "seed", "law", "construction", "base_set_size", "epsilon", "selection", "activation", "target_sha256",
+    "input_low", "input_high",
 )  # fmt: skip

@@ -30,9 +30,7 @@ class Protocol:
     learning_rate: float = 4e-3
     weight_decay: float = 1e-4
     scope: str = "local"
-    bound: float | None = (
-        1.0  # parameters are kept in [-bound, bound]: both theorems assume |theta| <= 1 - eps
-    )
+    bound: float | None = 1.0  # parameters are kept in [-bound, bound]: both theorems assume |theta| <= 1 - eps
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,7 @@ def _train_round(
 ) -> None:  # fmt: skip
     device = str(data.images.device)
     steps = protocol.epochs * (len(data) // min(protocol.batch_size, len(data)))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=protocol.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear"
     )
@@ -132,8 +128,8 @@ def _train_round(
             optimizer.step()
             schedule.step()
             if protocol.bound is not None:
-                torch._foreach_clamp_min_(bounded, -protocol.bound)
-                torch._foreach_clamp_max_(bounded, protocol.bound)
+                for parameter in bounded:
+                    parameter.clamp_(-protocol.bound, protocol.bound)
             total, count = total + loss.detach(), count + 1
         last = epoch == protocol.epochs
         on_progress(Progress(round_, epoch, float(total) / count, accuracy(model, test) if last else None))

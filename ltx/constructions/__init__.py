@@ -65,7 +65,10 @@ def construct(
     """
     if construction not in CONSTRUCTIONS:
         raise ConstructionError(f"construction '{construction}' is not known; there are {', '.join(CONSTRUCTIONS)}")
-    for name, value, known in (("head", head, ("keep", "construct")), ("scaling", scaling, ("unit", "layer_max"))):
+    for name, value, known in (
+        ("head", head, ("keep", "construct")),
+        ("scaling", scaling, ("unit", "layer_max")),
+    ):
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
     if not (0 <= seed < 2**64):
@@ -76,7 +79,11 @@ def construct(
     on_statistics(Statistics(builder.problems, builder.failures))
     names = dict.fromkeys(n.activation.name for n in graph.nodes if n.activation is not None)
     return builder.finish(
-        construction=construction, activation=",".join(names) or "identity", target_sha256=graph.digest()
+        construction=construction,
+        activation=",".join(names) or "identity",
+        target_sha256=graph.digest(),
+        input_low=float(input_range[0]),
+        input_high=float(input_range[1]),
     )
 
 
@@ -148,7 +155,13 @@ class _Walk:
         free = after is not None and after.offset != 0
         if self.construction == "2L" or node.name == self.order[0]:
             return two_for_one(
-                self.builder, node.name, target, stream, outputs, self._pair_activation(node), free_constants=free
+                self.builder,
+                node.name,
+                target,
+                stream,
+                outputs,
+                self._pair_activation(node),
+                free_constants=free,
             )
         return direct(self.builder, node.name, target, stream, outputs, free_constants=free)
 

@@ -189,9 +189,7 @@ def constant_tap(target: Layer, name: str, taps: int) -> int:
     return tap[0] * target.weight.shape[3] + tap[1] if taps > 1 else 0
 
 
-def target_problems(
-    target: Layer, taps: int, epsilon: float, base: Tensor, constant: int, tap: int
-) -> list[Problems]:
+def target_problems(target: Layer, taps: int, epsilon: float, base: Tensor, constant: int, tap: int) -> list[Problems]:
     """The subset-sum problems of every output channel: one per base set and parameter above epsilon.
 
     Args:

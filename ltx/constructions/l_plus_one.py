@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 
 from ltx.constructions.builder import (
-    Outputs, Stream, TicketBuilder, constant_tap, layer_scale, target_problems,
+    Outputs,
+    Stream,
+    TicketBuilder,
+    constant_tap,
+    layer_scale,
+    target_problems,
 )  # fmt: skip
 from ltx.constructions.rows import BaseSets, Problems
 from ltx.graph import Layer
@@ -17,7 +22,13 @@ from ltx.source import SourceLayer
 
 
 def direct(
-    builder: TicketBuilder, name: str, target: Layer, stream: Stream, outputs: Outputs, *, free_constants: bool
+    builder: TicketBuilder,
+    name: str,
+    target: Layer,
+    stream: Stream,
+    outputs: Outputs,
+    *,
+    free_constants: bool,
 ) -> Stream:
     """Approximate `target` by one source layer that reads the slots of `stream`.
 

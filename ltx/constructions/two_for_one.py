@@ -22,7 +22,12 @@ from torch import Tensor
 from ltx import source
 from ltx.activations import Activation
 from ltx.constructions.builder import (
-    Outputs, Stream, TicketBuilder, constant_tap, layer_scale, target_problems,
+    Outputs,
+    Stream,
+    TicketBuilder,
+    constant_tap,
+    layer_scale,
+    target_problems,
 )  # fmt: skip
 from ltx.constructions.rows import BaseSets, Problems
 from ltx.errors import ConstructionError
@@ -203,7 +208,10 @@ def _match(
             free = (fit & (have < m)).nonzero()
             if len(free):
                 need = int(free[0])
-                rows[need, have[need]], values[need, have[need]] = n, entries[(n - begin) // step, need].double()
+                rows[need, have[need]], values[need, have[need]] = (
+                    n,
+                    entries[(n - begin) // step, need].double(),
+                )
                 have[need] += 1
                 used = n + step
             elif not bool((have < m).any()):

@@ -82,12 +82,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, shape in json.loads(metadata["shapes"]).items():
         values, indices = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.indices").long()
         flat = torch.zeros(shape).flatten()
-        if len(values) != len(indices) or (
-            len(indices) and not 0 <= indices.min() <= indices.max() < len(flat)
-        ):
-            raise CheckpointError(
-                f"checkpoint {path}: '{name}' has indices that do not fit its shape {shape}"
-            )
+        if len(values) != len(indices) or (len(indices) and not 0 <= indices.min() <= indices.max() < len(flat)):
+            raise CheckpointError(f"checkpoint {path}: '{name}' has indices that do not fit its shape {shape}")
         mask = torch.zeros_like(flat)
         flat[indices], mask[indices] = values, 1.0
         state[name], state[f"{name}_mask"] = flat.view(*shape), mask.view(*shape)
@@ -115,13 +111,8 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, network: str) -> nn.M
                 f"checkpoint {checkpoint.path}: '{name}' has shape {tuple(checkpoint.state[name].shape)}, "
                 f"{network} needs {tuple(tensor.shape)}; choose the target= it was made for"
             )
-        if (
-            name.endswith("_mask")
-            and not ((checkpoint.state[name] == 0) | (checkpoint.state[name] == 1)).all()
-        ):
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path}: mask '{name}' has entries other than 0 and 1"
-            )
+        if name.endswith("_mask") and not ((checkpoint.state[name] == 0) | (checkpoint.state[name] == 1)).all():
+            raise CheckpointError(f"checkpoint {checkpoint.path}: mask '{name}' has entries other than 0 and 1")
     model.load_state_dict(checkpoint.state)
     return model.eval()
 

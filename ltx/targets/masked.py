@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Masked:
+class _Masked(nn.Module):
     """Registers `weight_mask` and `bias_mask`; the parameter in force is parameter * mask."""
 
     weight: Tensor
@@ -14,7 +14,7 @@ class _Masked:
     weight_mask: Tensor
     bias_mask: Tensor
 
-    def _register_masks(self: nn.Module) -> None:  # type: ignore[misc]
+    def _register_masks(self) -> None:
         self.register_buffer("weight_mask", torch.ones_like(self.weight))
         if self.bias is not None:
             self.register_buffer("bias_mask", torch.ones_like(self.bias))

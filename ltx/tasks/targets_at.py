@@ -1,14 +1,31 @@
-"""Which target the settings mean: a given checkpoint, one trained before, or one that is kept with the code."""
+"""Which target the settings, or a ticket, mean: a given checkpoint, a trained one, or one kept with the code."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ltx import paths, targets, training
+from torch import nn
+
+from ltx import data, paths, targets, training
 from ltx.config import Settings
 from ltx.errors import CheckpointError, LtxError
+from ltx.graph import Graph, trace
+from ltx.ticket import Ticket
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target that was read from a file."""
+
+    path: Path
+    model: nn.Module
+    graph: Graph
+    digest: str
+    network: str
+    activation: str
+    data: str
 
 
 def protocol_of(settings: Settings) -> training.Protocol:
@@ -31,9 +48,9 @@ def find(settings: Settings) -> Path | None:
         _require_same(settings, own)
         return own
     reference = paths.reference_target(settings)
-    if settings.use_reference and settings.target.seed == 0 and reference.is_file():
-        if targets.read_checkpoint(reference).metadata.get("protocol") == settings.protocol.name:
-            return reference
+    usable = settings.use_reference and settings.target.seed == 0 and reference.is_file()
+    if usable and targets.read_checkpoint(reference).metadata.get("protocol") == settings.protocol.name:
+        return reference
     return None
 
 
@@ -58,17 +75,10 @@ def _require_same(settings: Settings, path: Path) -> None:
         )
 
 
-def require(settings: Settings) -> Path:
-    """The checkpoint to use: target.checkpoint, else `find`; LtxError saying how to train it when absent."""
+def load(settings: Settings) -> Target:
+    """The target of the settings: target.checkpoint, else `find`; LtxError saying how to train it when absent."""
     if settings.target.checkpoint:
-        path = Path(settings.target.checkpoint).expanduser()
-        activation = targets.read_checkpoint(path).metadata.get("activation", settings.activation.value)
-        if activation != settings.activation.value:
-            raise CheckpointError(
-                f"checkpoint {path}: was trained with {activation}, not {settings.activation.value}; "
-                f"say activation={activation}"
-            )
-        return path
+        return _read(Path(settings.target.checkpoint).expanduser(), settings)
     found = find(settings)
     if found is None:
         raise LtxError(
@@ -76,4 +86,48 @@ def require(settings: Settings) -> Path:
             f"target={settings.target.name} activation={settings.activation.value} "
             f"protocol={settings.protocol.name}"
         )
-    return found
+    return _read(found, settings)
+
+
+def load_for(ticket: Ticket, settings: Settings) -> Target | None:
+    """The target that a ticket was made for: target.checkpoint, else any known target with its SHA-256.
+
+    Raises:
+        LtxError: target.checkpoint is another target than the ticket's.
+    """
+    if settings.target.checkpoint:
+        target = _read(Path(settings.target.checkpoint).expanduser(), settings, ticket.activation)
+        if target.digest != ticket.target_sha256:
+            raise LtxError(
+                f"target {target.path}: has SHA-256 {target.digest[:12]}..., the ticket was made for "
+                f"{ticket.target_sha256[:12]}...; give the target it was made for"
+            )
+        return target
+    trained = sorted((Path(settings.output_dir) / "targets").glob("*/target.safetensors"))
+    kept = sorted((paths.reference_dir() / "targets").glob("*.safetensors"))
+    for path in trained + kept:
+        try:
+            target = _read(path, settings, ticket.activation)
+        except LtxError:
+            continue  # damaged, or of another activation: not the one
+        if target.digest == ticket.target_sha256:
+            return target
+    return None
+
+
+def _read(path: Path, settings: Settings, activation: str | None = None) -> Target:
+    """Read a target file; what it does not say of itself is taken from the settings."""
+    checkpoint = targets.read_checkpoint(path)
+    said = checkpoint.metadata
+    wanted = activation or settings.activation.value
+    if said.get("activation", wanted) != wanted:
+        raise CheckpointError(
+            f"checkpoint {path}: was trained with {said['activation']}, not {wanted}; "
+            f"say activation={said['activation']}"
+        )
+    network, name = said.get("network", settings.target.network), said.get("data", settings.data.name)
+    spec = data.dataset_spec(name)
+    model = targets.build(network, wanted, shape=spec.shape, classes=spec.classes)
+    targets.load_into(model, checkpoint, network=network)
+    graph = trace(model)
+    return Target(path, model, graph, graph.digest(), network, wanted, name)

@@ -40,9 +40,7 @@ def _train(settings: Settings, path: Path) -> Path:
     test_split = data.load(settings.data.name, train=False, root=settings.data_root, device=device)
     spec = data.dataset_spec(settings.data.name)
     torch.manual_seed(settings.target.seed)
-    model = targets.build(
-        settings.target.network, settings.activation.value, shape=spec.shape, classes=spec.classes
-    )
+    model = targets.build(settings.target.network, settings.activation.value, shape=spec.shape, classes=spec.classes)
     checkpoint = path.with_name("round.safetensors")
     if settings.force:
         checkpoint.unlink(missing_ok=True)

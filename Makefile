@@ -1,0 +1,56 @@
+# make help lists the targets. Everything runs in .venv, which is made on first use and renewed when
+# pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LTX := $(BIN)/ltx
+PROTOCOL ?= quick
+ACTIVATIONS := relu,leaky_relu,tanh,sigmoid
+DEMO := target=digits protocol=quick output_dir=outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint paper-tables clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: $(VENV)/.installed  ## make the virtual environment and install ltx into it
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ltx needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version); make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing ltx into $(VENV) (PyTorch takes a minute or two) ..." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## train, prune, construct, verify and evaluate on embedded digits, in a few minutes
+	$(LTX) train-target --multirun $(DEMO) activation=relu,tanh
+	$(LTX) construct --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
+	$(LTX) verify --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
+	$(LTX) eval --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
+	$(LTX) tables $(DEMO)
+
+test: setup  ## the default tests: CPU, no network, under two minutes
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+paper-tables: setup  ## Tables 1 and 2 on MNIST (LTX_DATA says where); PROTOCOL=paper|quick trains what is missing
+	$(LTX) train-target --multirun target=mnist activation=$(ACTIVATIONS) protocol=$(PROTOCOL)
+	$(LTX) construct --multirun experiment=mnist_tables protocol=$(PROTOCOL)
+	$(LTX) verify --multirun experiment=mnist_tables protocol=$(PROTOCOL)
+	$(LTX) eval --multirun experiment=mnist_tables protocol=$(PROTOCOL)
+	$(LTX) tables target=mnist protocol=$(PROTOCOL)
+
+clean:  ## remove the virtual environment and what runs wrote, except the kept results
+	rm -rf $(VENV) outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps

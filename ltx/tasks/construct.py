@@ -1,0 +1,68 @@
+"""`ltx construct`: a ticket for the target of the settings; does nothing when a valid one is there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from ltx import data, paths
+from ltx.config import Settings
+from ltx.constructions import Statistics, construct
+from ltx.errors import CheckpointError, LtxError
+from ltx.files import write_json
+from ltx.tasks import provenance, targets_at
+from ltx.ticket import Ticket
+from ltx.verification import verify
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> Path:
+    """Construct the ticket that the settings describe; the path of its file."""
+    if settings.ticket:
+        raise LtxError("construct: ticket names a file that is there; leave it out")
+    device = settings.torch_device
+    target = targets_at.load(settings)
+    path = paths.ticket_file(settings, target.digest)
+    if not settings.force and _valid(path):
+        log.info("%s: there already; force=true constructs again", path)
+        return path
+    statistics: list[Statistics] = []
+    begin = time.perf_counter()
+    ticket = construct(
+        target.graph, construction=settings.construction.value, base_set_size=settings.m,
+        epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
+        head=settings.head.value, scaling=settings.scaling.value,
+        input_range=data.dataset_spec(target.data).input_range, device=device, on_statistics=statistics.append,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    ticket.save(path)
+    problems, failures = statistics[0].problems, statistics[0].failures
+    write_json(
+        path.with_name("construction.json"),
+        {
+            "target": str(target.path), "target_sha256": target.digest, "device": device, "seconds": seconds,
+            "problems": problems, "failures": failures, "head": settings.head.value,
+            "scaling": settings.scaling.value, "settings": settings.plain(), **provenance.here(),
+        },
+    )  # fmt: skip
+    log.info(
+        "%s, %s, seed %d: %d parameters of %d in the source; %d subset-sum problems (%.2f %% without a subset) "
+        "in %.2f s, %.1f us each",
+        settings.activation.value, settings.construction.value, settings.seed, ticket.parameters,
+        ticket.source_parameters, problems, 100 * failures / max(problems, 1), seconds,
+        1e6 * seconds / max(problems, 1),
+    )  # fmt: skip
+    return path
+
+
+def _valid(path: Path) -> bool:
+    """Whether a whole ticket lies there; its settings are those of its folder's name."""
+    if not path.is_file():
+        return False
+    try:
+        return verify(Ticket.load(path)).ok
+    except CheckpointError as error:
+        log.info("%s; constructing it again", error)
+        return False
