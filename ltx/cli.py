@@ -19,6 +19,11 @@ COMMANDS = {
     "verify": ("verify", "check that a ticket is a subnetwork of its source and approximates its target"),
     "tables": ("tables", "write the paper's tables from the results that are there"),
 }
+_FLAGS_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd", "--experimental-rerun",
+)  # fmt: skip
+_OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
 POSITIONAL = {"verify": "ticket", "eval": "ticket"}  # `ltx verify FILE` is `ltx verify ticket=FILE`
 
 
@@ -41,7 +46,12 @@ def run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         return _fail(f"unknown command '{command}'; there are {', '.join(COMMANDS)} (ltx --help)")
     if command in POSITIONAL:
-        overrides = [_positional(POSITIONAL[command], a) for a in overrides]
+        before = ["", *overrides]
+        overrides = [
+            a if b in _FLAGS_WITH_VALUE else _positional(POSITIONAL[command], a)
+            for b, a in zip(before, overrides, strict=False)
+        ]
+    overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
     return _hydra(command, overrides)
 
 
@@ -64,7 +74,7 @@ def _usage() -> str:
 
 def _positional(key: str, argument: str) -> str:
     """`FILE` -> `key='FILE'`; overrides and flags stay as they are."""
-    if argument.startswith("-") or re.match(r"^[~+]*[\w@./:]+=", argument):
+    if argument.startswith("-") or _OVERRIDE.match(argument):
         return argument
     quoted = argument.replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{quoted}'"
@@ -113,6 +123,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (LtxError, HydraException, OmegaConfBaseException) as error:
         return _fail(_line(error))
+    except SystemExit as done:  # --help, --cfg, and what argparse refuses
+        return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:
         _fail("interrupted")
         return 130

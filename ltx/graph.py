@@ -205,8 +205,9 @@ def _parameters(module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
             weight, bias = module.masked()
         else:
             weight, bias = module.weight, module.bias
-        weight = weight.detach().float().cpu().contiguous()
-        bias = torch.zeros(len(weight)) if bias is None else bias.detach().float().cpu().contiguous()
+        bias = torch.zeros(len(weight)) if bias is None else bias
+        # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
+        weight, bias = (t.detach().float().cpu().contiguous() + 0.0 for t in (weight, bias))
     return weight, bias
 
 

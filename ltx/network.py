@@ -24,7 +24,8 @@ class TicketNetwork(nn.Module):
         self.graph = ticket.graph
         self._layers = {layer.name: layer for layer in ticket.layers}
         self._sparse: dict[str, SparseConvolution] = {}
-        self._read = ticket.read_channels()
+        # a tensor without channels is more than torch can convolve: keep one where nothing is read
+        self._read = {n: c if len(c) else torch.zeros(1, dtype=torch.int64) for n, c in ticket.read_channels().items()}
         for node in ticket.graph:
             if node.op == "layer":
                 self._add_layer(ticket, node)

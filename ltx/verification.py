@@ -210,6 +210,7 @@ class _Approximation:
         if len(dead):
             yield f"layer {layer.name}: row {int(dead[0])} is labelled as pruned and keeps parameters"
         self.labels[node.name], self.nonnegative[node.name] = labels, False
+        self.constants[node.name] = torch.full((layer.shape[0],), float("nan"), dtype=torch.float64)
         if layer.role == "copies":
             yield from self._copy_layer(node, layer, labels, rows, offsets, values)
         else:
@@ -231,7 +232,10 @@ class _Approximation:
             yield f"layer {layer.name}: row {row} keeps its bias and is no constant"
         value = torch.full((layer.shape[0],), float("nan"), dtype=torch.float64)
         constant = labels[rows] == CONSTANT
-        if constant.any():
+        if inside is None:
+            for row in rows[constant][:1].tolist():
+                yield f"layer {layer.name}: row {row} is labelled constant and reads the image"
+        elif constant.any():
             value[rows[constant]] = values[constant].double() * self.constants[node.inputs[0]][offsets[constant]]
         value[bias_rows] = source.biases(layer, self.ticket.seed, bias_rows).double()
         self.constants[node.name] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from ltx.constructions.l_plus_one import direct
 from ltx.constructions.two_for_one import two_for_one
 from ltx.errors import ConstructionError
 from ltx.graph import Graph, Node, trace
+from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
 CONSTRUCTIONS = ("2L", "L+1")
@@ -71,6 +73,10 @@ def construct(
     ):
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
+    if not 1 <= base_set_size <= MAX_BASE_SET_SIZE:
+        raise ConstructionError(f"base_set_size {base_set_size} must lie between 1 and {MAX_BASE_SET_SIZE}")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ConstructionError(f"epsilon {epsilon} must be a positive number")
     if not (0 <= seed < 2**64):
         raise ConstructionError(f"seed {seed} must lie between 0 and 2**64 - 1")
     graph = model if isinstance(model, Graph) else trace(model)

@@ -174,7 +174,7 @@ def _copy_layer(
         before = value[-1] if first else value[-1] * stream.constant_values[0]
         multipliers[-1] = phi.fn(before) - (phi.fn(-before) if law.opposite else 0.0)
     base = torch.zeros(len(slots), len(law.signs), dtype=torch.int64)
-    base[read] = torch.arange(len(read) * len(law.signs)).view(len(read), -1)
+    base[read] = torch.arange(len(read) * len(law.signs)).view(-1, len(law.signs))
     return _Copies(node, used, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1)
 
 
@@ -217,4 +217,4 @@ def _match(
             elif not bool((have < m).any()):
                 break
         begin = int(block[-1]) + step
-    return rows, values, used
+    return rows, values, max(used, step)  # a layer has rows even where the target reads nothing

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ltx.activations import ACTIVATIONS
 from ltx.config import ActivationName, Settings
 from ltx.errors import LtxError
 from ltx.files import write_text

@@ -1,0 +1,72 @@
+"""Fixtures: small random targets, the command line in-process, real MNIST where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ltx import cli
+from ltx.activations import ACTIVATIONS
+from ltx.targets.masked import MaskedConv2d, MaskedLinear
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small_cnn(activation: str, *, seed: int = 0, density: float = 0.3, channels: int = 4, size: int = 6, bias=True):
+    """conv, phi, conv, phi, flatten, linear with random sparse parameters in [-0.9, 0.9]."""
+    generator = torch.Generator().manual_seed(seed)
+    phi = ACTIVATIONS[activation].module
+    model = nn.Sequential(
+        MaskedConv2d(1, channels, 3, padding=1), phi(), MaskedConv2d(channels, channels, 3, padding=1), phi(),
+        nn.Flatten(), MaskedLinear(channels * size * size, 3),
+    )  # fmt: skip
+    for module in model:
+        if isinstance(module, MaskedConv2d | MaskedLinear):
+            randomise(module, generator, density, bias=bias)
+    return model.eval()
+
+
+def randomise(module: nn.Module, generator: torch.Generator, density: float, *, bias: bool = True) -> None:
+    """Parameters uniform on [-0.9, 0.9], masks of the given density."""
+    with torch.no_grad():
+        share = density / 4 if isinstance(module, nn.Linear) else density
+        module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 1.8 - 0.9)
+        module.weight_mask.copy_((torch.rand(module.weight.shape, generator=generator) < share).float())
+        module.bias.copy_((torch.rand(module.bias.shape, generator=generator) * 1.8 - 0.9) * bias)
+
+
+def images(count: int = 16, size: int = 6, *, seed: int = 0, low: float = -1.0) -> torch.Tensor:
+    """Uniform images in [low, 1), (count, 1, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 1, size, size, generator=generator) * (1 - low) + low
+
+
+@pytest.fixture
+def ltx(capsys, tmp_path):
+    """Run `ltx ARGUMENTS output_dir=tmp_path`; the exit status, stdout and stderr."""
+
+    def run(*arguments: str, output_dir: Path | None = None) -> tuple[int, str, str]:
+        capsys.readouterr()
+        given = len(arguments) < 2 or any(a.startswith("output_dir=") for a in arguments)
+        extra = [] if given and output_dir is None else [f"output_dir={output_dir or tmp_path}"]
+        status = cli.run([*arguments, *extra])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """Where real MNIST lies (LTX_DATA); skips without it, fails where LTX_REQUIRE_MNIST says it must be there."""
+    root = Path(os.environ.get("LTX_DATA", "/nowhere"))
+    if not (root / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file():
+        message = f"real MNIST is not below LTX_DATA={os.environ.get('LTX_DATA', '')}"
+        if os.environ.get("LTX_REQUIRE_MNIST"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return root

@@ -1,0 +1,256 @@
+"""The command line, in one process, on the embedded digits."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, small_cnn
+
+from ltx import Ticket, cli
+from ltx.files import write_tensors
+
+SMOKE = ("target=digits", "protocol=smoke", "device=cpu")
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """An output_dir with a trained target, a ticket and its result."""
+    folder = tmp_path_factory.mktemp("outputs")
+    for command in ("train-target", "construct", "eval"):
+        assert cli.run([command, *SMOKE, f"output_dir={folder}"]) == 0
+    return folder
+
+
+def last_line(out):
+    return Path(out.splitlines()[-1])
+
+
+def one_line(err):
+    """The one line of an error; everything else on stderr would be noise to a user."""
+    assert "Traceback" not in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("ltx: ")
+    return lines[0]
+
+
+def test_help_is_quick_and_lists_the_commands():
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "ltx.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert time.perf_counter() - begin < 1
+    assert done.returncode == 0
+    assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
+
+
+def test_version(ltx):
+    assert ltx("--version")[:2] == (0, "ltx 0.1.0\n")
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_command_help_lists_the_settings(command, ltx):
+    status, out, _ = ltx(command, "--help")
+    assert status == 0
+    assert "construction: L+1" in out
+    assert "target: digits, mnist" in out
+
+
+def test_train_construct_eval_verify_tables(outputs, ltx):
+    status, out, err = ltx("train-target", *SMOKE, output_dir=outputs)
+    assert status == 0
+    assert "there already" in err
+    assert out == f"{outputs}/targets/digits-relu-smoke-seed0/target.safetensors\n"
+
+    status, out, err = ltx("construct", *SMOKE, output_dir=outputs)
+    assert (status, "there already" in err) == (0, True)
+    ticket = last_line(out)
+    assert Ticket.load(ticket).construction == "L+1"
+
+    status, out, err = ltx("verify", str(ticket), f"output_dir={outputs}")
+    assert status == 0
+    assert out == ""
+    assert "nothing else is kept" in err
+
+    status, out, err = ltx("eval", *SMOKE, output_dir=outputs)
+    assert (status, "there already" in err) == (0, True)
+    result = json.loads(last_line(out).read_text())
+    expected = {
+        "kind", "network", "activation", "construction", "base_set_size", "epsilon", "selection", "seed",
+        "target_accuracy", "ticket_accuracy", "target_parameters", "ticket_parameters", "source_parameters",
+        "agreement", "max_deviation", "max_parameter_error", "examples", "seconds", "ltx", "torch", "commit",
+    }  # fmt: skip
+    assert expected <= set(result)
+    assert result["examples"] == 360
+    assert result["max_parameter_error"] <= 0.01
+    assert abs(result["ticket_accuracy"] - result["target_accuracy"]) < 2
+
+    status, out, err = ltx("tables", *SMOKE, output_dir=outputs)
+    assert status == 0
+    folder = last_line(out)
+    assert {p.name for p in folder.iterdir()} >= {f"table{n}-digits.{e}" for n in (1, 2) for e in ("csv", "md", "tex")}
+
+
+def test_the_same_seed_gives_the_same_file(outputs, ltx, tmp_path):
+    """Two runs with one seed, forced to do the work, give identical bytes."""
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    paths = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        status, out, _ = ltx("construct", *SMOKE, f"target.checkpoint={target}", "seed=11", output_dir=folder)
+        assert status == 0
+        paths.append(last_line(out))
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].read_bytes() != next((outputs / "tickets").glob("*/*/ticket.safetensors")).read_bytes()
+
+
+def test_multirun(outputs, ltx):
+    status, out, _ = ltx("construct", "--multirun", *SMOKE, "seed=1,2", "construction=2L,L+1", output_dir=outputs)
+    assert status == 0
+    assert len(set(out.splitlines())) == 4
+    assert all(Path(p).is_file() for p in out.splitlines())
+
+
+def test_multirun_goes_on_after_a_failure_and_says_so(outputs, ltx):
+    status, out, err = ltx("construct", "--multirun", *SMOKE, "m=2,15", "epsilon=0.01", "seed=3", output_dir=outputs)
+    assert status == 1
+    assert len(out.splitlines()) == 1
+    assert "none of 1000 source rows" in one_line("\n".join(e for e in err.splitlines() if e.startswith("ltx:")))
+
+
+def test_a_given_checkpoint(outputs, ltx, tmp_path):
+    model_file = tmp_path / "mine.pt"
+    torch.save(small_cnn("relu", channels=32, size=8).state_dict(), model_file)
+    status, _, err = ltx("construct", *SMOKE, f"target.checkpoint={model_file}", "m=20", output_dir=outputs)
+    assert "5.weight' has shape (3, 2048)" in one_line(err)
+    assert status == 1
+
+
+def test_verify_finds_a_tampered_mask(outputs, ltx, tmp_path):
+    path = next((outputs / "tickets").glob("*/L+1*seed0/ticket.safetensors"))
+    ticket = Ticket.load(path)
+    mask = ticket.masks["2"].clone()
+    mask[3] += 1 if mask[4] > mask[3] + 1 else -1
+    object.__setattr__(ticket, "masks", {**ticket.masks, "2": mask})
+    ticket.save(tmp_path / "tampered.safetensors")
+    status, out, err = ltx("verify", str(tmp_path / "tampered.safetensors"), f"output_dir={outputs}")
+    assert (status, out) == (1, "")
+    assert "is not valid: layer 2, row" in one_line(err)
+    status, _, err = ltx("eval", str(tmp_path / "tampered.safetensors"), f"output_dir={outputs}")
+    assert status == 1
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_eval_of_a_fixed_random_subset(outputs, ltx):
+    status, out, err = ltx("eval", *SMOKE, "limit=100", output_dir=outputs)
+    assert status == 0
+    assert "fixed random subset of 100" in err
+    assert json.loads(last_line(out).read_text())["examples"] == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune"], "unknown command 'prune'; there are train-target"),
+        (["construct", "colour=red"], "'colour'"),
+        (["construct", "activation=swish"], "swish"),
+        (["construct", "construction=3L"], "3L"),
+        (["construct", "construction=2L,L+1"], "construction"),
+        (["construct", "target=imagenet"], "target/imagenet"),
+        (["construct", "m=0"], "between 1 and 24"),
+        (["construct", "m=25"], "between 1 and 24"),
+        (["construct", "m=many"], "many"),
+        (["construct", "epsilon=0"], "positive"),
+        (["construct", "epsilon=-0.01"], "positive"),
+        (["construct", "epsilon=nan"], "positive"),
+        (["construct", "epsilon=inf"], "positive"),
+        (["construct", "seed=-1"], "seed=-1"),
+        (["construct", "target.checkpoint=/nowhere/x.safetensors"], "no such file"),
+        (["construct", "protocol=smoke", "target=digits"], "train it with: ltx train-target target=digits"),
+        (["eval", "/nowhere/t.safetensors"], "no such file"),
+        (["verify", "/nowhere/t.safetensors"], "no such file"),
+        (["tables", "target=digits", "m=3"], "no results below"),
+        (["train-target", "seed=3"], "target.seed"),
+        (["train-target", "protocol.rounds=0"], "at least 1"),
+        (["train-target", "target.density=2"], "(0, 1]"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_ends_with_one_clear_line(arguments, message, ltx, tmp_path):
+    status, out, err = ltx(*arguments, output_dir=None if len(arguments) < 2 else tmp_path)
+    assert status != 0
+    assert out == ""
+    assert message in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none(ltx, tmp_path):
+    status, _, err = ltx("construct", "device=cuda", output_dir=tmp_path)
+    assert status == 1
+    assert "no CUDA device" in one_line(err)
+
+
+def test_output_folder_that_cannot_be_written(outputs, ltx):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    status, out, err = ltx("construct", *SMOKE, f"target.checkpoint={target}", output_dir=Path("/dev/null/x"))
+    assert (status, out) == (1, "")
+    assert "cannot write /dev/null/x" in one_line(err)
+
+
+def test_a_damaged_ticket_is_constructed_again(outputs, ltx):
+    status, out, _ = ltx("construct", *SMOKE, "seed=21", output_dir=outputs)
+    path = last_line(out)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300])
+    status, _, err = ltx("construct", *SMOKE, "seed=21", output_dir=outputs)
+    assert status == 0
+    assert "constructing it again" in err
+    assert path.read_bytes() == whole
+
+
+def test_damaged_mnist(ltx, tmp_path):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{split}-{kind}-ubyte").write_bytes(b"\x00\x00\x08\x03" + bytes(60))
+    status, _, err = ltx(
+        "train-target", "target=mnist", "use_reference=false", f"data.root={tmp_path / 'data'}",
+        output_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert status == 1
+    line = one_line(err)
+    assert "MNIST" in line
+    assert "damaged" in line
+    assert "target=digits" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_names_with_blanks_and_quotes(outputs, ltx, tmp_path):
+    odd = tmp_path / "it's a ticket, really = yes.safetensors"
+    odd.write_bytes(next((outputs / "tickets").glob("*/L+1*seed0/ticket.safetensors")).read_bytes())
+    assert ltx("verify", str(odd), f"output_dir={outputs}")[0] == 0
+
+
+def test_every_experiment_composes(ltx):
+    for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
+        status, out, err = ltx("construct", f"experiment={path.stem}", "--cfg", "job")
+        assert status == 0, err
+        assert "network:" in out
+
+
+def test_a_target_of_the_wrong_format_is_no_ticket(ltx, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"0.weight": torch.zeros(1)}, {"format": "ltx-target/1"})
+    status, _, err = ltx("verify", str(path))
+    assert status == 1
+    assert "a target, not a ticket" in one_line(err)
+
+
+def test_environment_is_left_as_it_was(ltx):
+    before = dict(os.environ)
+    ltx("construct", "m=0")
+    assert dict(os.environ) == before

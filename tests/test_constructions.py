@@ -1,0 +1,294 @@
+"""The theorems, asserted on small networks: every parameter within epsilon, deviation bounded and proportional."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import images, randomise, small_cnn
+from torch import nn
+
+import ltx
+from ltx import LtxError, construct, verify
+from ltx.activations import ACTIVATIONS
+from ltx.constructions import Statistics
+from ltx.constructions.two_for_one import linear_scale, pair_law
+from ltx.graph import trace
+from ltx.targets.masked import MaskedConv2d, MaskedLinear
+
+ACTIVATION_NAMES = ["relu", "leaky_relu", "tanh", "sigmoid"]
+everywhere = pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+both = pytest.mark.parametrize("construction", ["2L", "L+1"])
+heads = pytest.mark.parametrize("head", ["keep", "construct"])
+
+
+def deviation(model, ticket, x):
+    """|f_t - f_eps| over images and outputs, in float64, so that rounding plays no part."""
+    with torch.no_grad():
+        return (model.double()(x.double()) - ticket.to_module().double()(x.double())).abs()
+
+
+def single_layer(activation, *, seed=0, padding=1, stride=1, dilation=1, kernel=3, channels=2, density=0.3):
+    model = nn.Sequential(
+        MaskedConv2d(channels, 3, kernel, padding=padding, stride=stride, dilation=dilation),
+        ACTIVATIONS[activation].module(),
+    )
+    randomise(model[0], torch.Generator().manual_seed(seed), density)
+    return model.eval()
+
+
+@everywhere
+@both
+@heads
+@pytest.mark.parametrize("selection", ["smallest", "best"])
+def test_every_parameter_is_within_epsilon_and_nothing_else_is_kept(activation, construction, head, selection):
+    model = small_cnn(activation)
+    ticket = construct(model, construction=construction, base_set_size=12, epsilon=0.02, seed=1, head=head,
+                       selection=selection)  # fmt: skip
+    result = verify(ticket, trace(model))
+    assert result.violations == ()
+    assert 0 < result.max_parameter_error <= 0.02
+    slots = sum(layer.parameters_above(0.02) for layer in trace(model).layers.values())
+    assert result.approximated >= slots - (trace(model).layers["5"].parameters_above(0.02) if head == "keep" else 0)
+
+
+@everywhere
+@both
+@heads
+@pytest.mark.parametrize("bias", [True, False])
+def test_deviation_shrinks_in_proportion_to_epsilon(activation, construction, head, bias):
+    """The order of the approximation: log deviation against log epsilon has slope 1 in 2L.
+
+    In L+1 it is a little less (0.7 to 1 here), which is no error: a smaller epsilon takes larger subsets, and
+    the slots of a channel deviate independently, so that a larger subset amplifies their deviations more.
+    """
+    x, epsilons, logs = images(), [3e-2, 1e-2, 3e-3, 1e-3], []
+    for epsilon in epsilons:
+        found = []
+        for seed in range(6):
+            model = small_cnn(activation, seed=seed, density=0.15, bias=bias)
+            ticket = construct(
+                model, construction=construction, base_set_size=18, epsilon=epsilon, seed=seed, head=head
+            )
+            found.append(math.log(deviation(model, ticket, x).square().mean().sqrt()))
+        logs.append(sum(found) / len(found))
+    slope = (logs[-1] - logs[0]) / (math.log(epsilons[-1]) - math.log(epsilons[0]))
+    assert (0.8 if construction == "2L" else 0.6) < slope < 1.2
+    assert logs[-1] < math.log(0.005)
+
+
+@everywhere
+@pytest.mark.parametrize("low", [-1.0, 0.0])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"padding": 0}, {"stride": 2}, {"padding": 2, "kernel": 5}, {"padding": 2, "dilation": 2}, {"kernel": 1, "padding": 0}],
+    ids=str,
+)  # fmt: skip
+def test_one_layer_stays_within_its_bound_at_every_pixel(activation, low, shape):
+    """Corollary C.1: T (N X + 1) epsilon for exact activations, twice that with linearisation; borders included."""
+    epsilon = 0.01
+    model = single_layer(activation, **shape)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(64, 2, 7, 7, generator=generator) * (1 - low) + low
+    ticket = construct(model, epsilon=epsilon, base_set_size=16, seed=3, head="construct", input_range=(low, 1.0))
+    phi = ACTIVATIONS[activation]
+    layer = trace(model).layers["0"]
+    active = max(int((row.abs() > 0).sum()) for row in layer.weight.flatten(1))
+    bound = phi.lipschitz * (active + 1) * epsilon * (1 if phi.exact else 2)
+    assert deviation(model, ticket, x).max() <= bound
+    border = deviation(model, ticket, x)
+    interior = border[:, :, 1:-1, 1:-1] if border.shape[-1] > 2 else border
+    assert border.max() <= 4 * interior.max() + 1e-6  # the border is no worse than the rest
+
+
+@everywhere
+@both
+def test_biases_alone_are_right_at_the_border(activation, construction):
+    """No weights: what is left is biases, carried by constants that must not see the zero padding."""
+    model = small_cnn(activation, seed=3)
+    for module in model:
+        if isinstance(module, MaskedConv2d):
+            module.weight_mask.zero_()
+    ticket = construct(model, construction=construction, epsilon=0.001, base_set_size=20, seed=0)
+    out = deviation(model[:4], replace_head(ticket), images())
+    assert out.max() < 0.01
+    assert out.flatten(2).std(2).max() < 1e-9  # the same deviation at every pixel
+
+
+def replace_head(ticket):
+    """The ticket without its head: its output is the last activation."""
+    from ltx.ticket import TicketNode
+
+    graph = [n for n in ticket.graph if n.op not in ("given", "flatten", "output")]
+    slots = ticket.slots["2"]
+    rows = [int((slots == c).nonzero()[0]) for c in range(4)]
+    return replace(ticket, graph=(*graph, TicketNode("output", "output", (graph[-1].name,), {"rows": rows})))
+
+
+@everywhere
+def test_linear_scale_keeps_its_promise(activation):
+    """m terms v phi(lambda x) of largest magnitude deviate from linear by at most epsilon * bound."""
+    phi = ACTIVATIONS[activation]
+    m, epsilon, bound = 15, 0.01, 2.8
+    law = pair_law(phi, nonnegative=False)
+    sigma = linear_scale(phi, law, bound, m=m, epsilon=epsilon, scale=1.0)
+    if phi.exact:
+        assert sigma == 1.0
+        return
+    z = sigma * torch.linspace(-bound, bound, 10_001, dtype=torch.float64)
+    linear = torch.where(z > 0, phi.slope_pos * z, phi.slope_neg * z) + phi.offset
+    terms = m * (2 if law.opposite else len(law.signs))
+    assert terms / (sigma * law.gain) * (phi.fn(z) - linear).abs().max() <= epsilon * bound * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_nonnegative_inputs_need_one_base_set(activation):
+    model = single_layer(activation)
+    one, two = (construct(model, base_set_size=16, head="construct", input_range=r) for r in ((0.0, 1.0), (-1.0, 1.0)))
+    assert one.parameters < 0.7 * two.parameters
+    assert verify(one, trace(model)).ok
+    claimed = replace(one, input_low=-1.0)
+    assert not verify(claimed, trace(model)).ok  # for negative inputs the second base set is missing
+
+
+@both
+def test_a_seed_is_a_ticket(construction):
+    model = small_cnn("relu")
+    a, b, other = (construct(model, construction=construction, seed=s) for s in (7, 7, 8))
+    assert all(torch.equal(a.masks[n], b.masks[n]) for n in a.masks)
+    assert not all(torch.equal(a.masks[n], other.masks[n]) for n in a.masks)
+    assert a.source_parameters > a.parameters > 0
+
+
+@pytest.mark.gpu
+@both
+@everywhere
+def test_gpu_makes_the_same_ticket(construction, activation):
+    model = small_cnn(activation)
+    here, there = (construct(model, construction=construction, device=d) for d in ("cpu", "cuda"))
+    assert all(torch.equal(here.masks[n], there.masks[n]) for n in here.masks)
+    x = images()
+    torch.testing.assert_close(
+        here.to_module()(x), there.to_module(device="cuda")(x.cuda()).cpu(), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_failed_rows_are_given_up_whole():
+    """With small m rows fail: the source is wider than what is kept, and the failed rows are empty."""
+    model = small_cnn("relu", density=0.6)
+    seen: list[Statistics] = []
+    ticket = construct(model, base_set_size=9, epsilon=0.02, seed=1, on_statistics=seen.append)
+    assert seen[0].failures > 0
+    assert verify(ticket, trace(model)).ok
+    slots = ticket.slots["2"]
+    assert len(slots) > 4
+    assert sorted(slots[slots >= 0].tolist()) == [0, 1, 2, 3]
+
+
+def test_layer_max_reaches_parameters_beyond_one():
+    model = small_cnn("relu")
+    with torch.no_grad():
+        model[2].weight.mul_(8)
+    with pytest.raises(LtxError, match="layer 2, channel .*scaling=layer_max"):
+        construct(model, base_set_size=14, seed=0)
+    ticket = construct(model, base_set_size=18, scaling="layer_max")
+    assert verify(ticket, trace(model)).ok
+    assert ticket.layer("2").sigma >= float(model[2].masked()[0].detach().abs().max())
+
+
+def test_unreachable_parameters_are_an_error_that_helps():
+    model = small_cnn("tanh")
+    with pytest.raises(LtxError, match=r"none of 1000 source rows .* within 0.0001 .*raise m or epsilon"):
+        construct(model, base_set_size=4, epsilon=1e-4)
+
+
+@both
+def test_what_nothing_reads_is_pruned(construction):
+    """A channel of the first layer that the second does not read costs nothing."""
+    model = small_cnn("relu")
+    model[2].weight_mask[:, 1] = 0
+    ticket = construct(model, construction=construction)
+    assert 1 not in ticket.slots["0"].tolist()
+    read = ticket.read_channels()
+    for node in ticket.graph:
+        if node.op == "layer":
+            name = node.attributes["layer"]
+            assert set(ticket.kept(name)[0].tolist()) <= set(read[node.name].tolist())
+
+
+@both
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_pooling_functions_and_multilayer_perceptrons(construction, activation):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(1, 3, 3, padding="same"), nn.MaxPool2d(2), nn.Dropout())
+            self.hidden = nn.Linear(27, 5)
+            self.head = nn.Linear(5, 2, bias=False)
+
+        def forward(self, x):
+            fn = {"relu": torch.relu, "tanh": torch.tanh}[activation]
+            x = fn(torch.flatten(self.features(x), 1))
+            return self.head(fn(self.hidden(x)))
+
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    for head in ("keep", "construct"):
+        ticket = construct(model, construction=construction, base_set_size=18, epsilon=0.002, head=head)
+        assert verify(ticket, trace(model)).ok
+        assert deviation(model.float(), ticket, images()).max() < 0.1
+        model.float()
+
+
+@both
+def test_a_network_without_convolutions(construction):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    ticket = construct(model, construction=construction, base_set_size=18, epsilon=0.005, head="construct")
+    assert verify(ticket, trace(model)).ok
+    assert deviation(model, ticket, images()).max() < 0.5
+
+
+@both
+def test_deviation_falls_with_every_epsilon_of_a_deep_chain(construction):
+    model = nn.Sequential(*[m for _ in range(4) for m in (MaskedConv2d(2, 2, 3, padding=1), nn.Tanh())]).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in model[::2]:
+        randomise(module, generator, 0.3)
+    x = torch.rand(8, 2, 6, 6) * 2 - 1
+    found = [
+        float(deviation(model.float(), construct(model.float(), construction=construction, base_set_size=18,
+                                                 epsilon=e, head="construct"), x).max())
+        for e in (0.03, 0.003, 0.0005)
+    ]  # fmt: skip
+    assert all(later < earlier for earlier, later in pairwise(found))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"construction": "3L"}, "2L, L\\+1"),
+        ({"head": "drop"}, "keep, construct"),
+        ({"scaling": "max"}, "unit, layer_max"),
+        ({"seed": -1}, "seed -1"),
+        ({"input_range": (1.0, 0.0)}, "below the second"),
+        ({"base_set_size": 0}, "between 1 and 24"),
+        ({"epsilon": 0.0}, "positive"),
+    ],
+)
+def test_refuses_settings_without_meaning(arguments, message):
+    with pytest.raises(LtxError, match=message):
+        construct(small_cnn("relu"), **arguments)
+
+
+def test_padding_that_every_tap_sees_is_refused():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, padding=1), nn.ReLU())
+    with pytest.raises(LtxError, match="layer 0: every tap .* zero padding"):
+        construct(model, head="construct")
+
+
+def test_public_names():
+    assert ltx.__all__ == ["LtxError", "Ticket", "construct", "verify"]
+    assert all(hasattr(ltx, name) for name in ltx.__all__)
+    assert isinstance(small_cnn("relu")[5], MaskedLinear)

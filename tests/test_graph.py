@@ -1,0 +1,106 @@
+"""Tracing: masks in force, the same digest for the same target, refusals that name module and reason."""
+
+import pytest
+import torch
+from conftest import small_cnn
+from torch import nn
+
+from ltx.errors import ConstructionError
+from ltx.graph import trace
+
+
+def test_parameters_in_force_are_masked():
+    model = small_cnn("relu")
+    layer = trace(model).layers["2"]
+    assert torch.equal(layer.weight, (model[2].weight * model[2].weight_mask).detach())
+    assert [n.op for n in trace(model).nodes] == [
+        "input", "layer", "activation", "layer", "activation", "flatten", "layer", "output",
+    ]  # fmt: skip
+
+
+def test_counts_parameters_above_epsilon():
+    layer = trace(small_cnn("relu")).layers["0"]
+    kept = torch.cat([layer.weight.flatten(), layer.bias]).abs()
+    assert layer.parameters_above(0.3) == int((kept > 0.3).sum())
+
+
+def test_digest_is_of_the_parameters_in_force():
+    model = small_cnn("relu")
+    before = trace(model).digest()
+    with torch.no_grad():
+        model[2].weight[model[2].weight_mask == 0] = 5.0  # masked: not in force
+    assert trace(model).digest() == before
+    with torch.no_grad():
+        model[2].weight[model[2].weight_mask == 1] += 1e-6
+    assert trace(model).digest() != before
+
+
+def test_functions_modules_and_dropout_give_one_graph():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 2, 3), nn.Linear(32, 2)
+
+        def forward(self, x):
+            x = nn.functional.leaky_relu(self.a(x), 0.2)
+            return self.b(x.flatten(1))
+
+    nodes = trace(Functional()).nodes
+    assert [n.op for n in nodes] == ["input", "layer", "activation", "flatten", "layer", "output"]
+    assert nodes[2].activation.slope_neg == 0.2
+    modules = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout(), nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    assert [n.op for n in trace(modules).nodes] == [n.op for n in nodes]
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else x
+
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) + x
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Branch(), "Branch cannot be traced.*control flow"),
+        (Skip(), "module 'add'.*sums of streams"),
+        (Two(), "one output"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3, groups=2)), "module '0' .Conv2d.: only convolutions with groups=1"),
+        (nn.Sequential(nn.Conv2d(1, 1, 3, padding_mode="reflect")), "padding_mode='zeros'"),
+        (nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), "even kernel"),
+        (nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), "module '1' .BatchNorm2d.: not supported"),
+        (nn.Sequential(nn.Flatten(2)), "start_dim=1"),
+        (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode"),
+    ],
+)
+def test_refusals_name_module_and_reason(model, message):
+    with pytest.raises(ConstructionError, match=message):
+        trace(model)
+
+
+def test_head_must_be_linear():
+    graph = trace(nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU()))
+    with pytest.raises(ConstructionError, match="no head to keep"):
+        _ = graph.head
+
+
+def test_tracing_leaves_the_mode_alone():
+    model = small_cnn("relu").train()
+    trace(model)
+    assert model.training

@@ -1,0 +1,75 @@
+"""Training: an interrupted run ends where an unbroken one ends."""
+
+import pytest
+import torch
+
+from ltx import data, training
+from ltx.errors import CheckpointError
+from ltx.targets import build, prunable
+
+PROTOCOL = training.Protocol(rounds=3, epochs=1, batch_size=128, learning_rate=0.005)
+
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    return build("mnist_cnn", "relu", shape=(1, 8, 8), classes=10)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return data.load("digits", train=True), data.load("digits", train=False)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resumed_run_equals_unbroken_run(splits, tmp_path):
+    whole = fresh()
+    accuracy = training.train(whole, *splits, PROTOCOL, 0.2, seed=3)
+
+    def stop_in_round_three(progress):
+        if progress.round == 3:
+            raise Stop
+
+    checkpoint = tmp_path / "round.safetensors"
+    with pytest.raises(Stop):
+        training.train(fresh(), *splits, PROTOCOL, 0.2, seed=3, checkpoint=checkpoint, on_progress=stop_in_round_three)
+    seen, resumed = [], fresh(seed=99)  # its own initialisation must not matter
+    again = training.train(resumed, *splits, PROTOCOL, 0.2, seed=3, checkpoint=checkpoint, on_progress=seen.append)
+    assert [p.round for p in seen] == [3]
+    assert again == accuracy
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_ends_at_the_density_within_the_bound_and_learns(splits):
+    model, seen = fresh(), []
+    protocol = training.Protocol(rounds=3, epochs=2, batch_size=32, learning_rate=0.005, bound=0.2)
+    accuracy = training.train(model, *splits, protocol, 0.2, seed=0, on_progress=seen.append)
+    assert accuracy > 80
+    assert [(p.round, p.epoch) for p in seen] == [(r, e) for r in (1, 2, 3) for e in (1, 2)]
+    assert [p.accuracy is None for p in seen] == [True, False] * 3
+    for name, (parameter, mask) in prunable(model).items():
+        assert int(mask.sum()) == mask.numel() - int(0.8 * mask.numel()), name
+        assert parameter.abs().max() <= 0.2
+
+
+def test_checkpoint_of_other_settings_is_refused(splits, tmp_path):
+    checkpoint = tmp_path / "round.safetensors"
+    training.train(fresh(), *splits, PROTOCOL, 0.2, seed=3, checkpoint=checkpoint)
+    with pytest.raises(CheckpointError, match="other settings"):
+        training.train(fresh(), *splits, PROTOCOL, 0.2, seed=4, checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="damaged"):
+        training.train(fresh(), *splits, PROTOCOL, 0.2, seed=3, checkpoint=checkpoint)
+
+
+def test_order_of_images_depends_on_seed_round_and_epoch(splits):
+    def first(*seed):
+        return next(training._batches(splits[0], 64, seed=seed))[1]
+
+    assert torch.equal(first(0, 1, 1), first(0, 1, 1))
+    assert not torch.equal(first(0, 1, 1), first(1, 1, 1))
+    assert not torch.equal(first(0, 1, 1), first(0, 2, 1))
+    assert not torch.equal(first(0, 1, 1), first(0, 1, 2))
