@@ -83,7 +83,7 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(LtxError, match="cannot write .*No space left.*output_dir"):
+    with pytest.raises(LtxError, match=r"cannot write .*No space left.*output_dir"):
         save_target(tmp_path / "a.safetensors", fresh(), {})
     assert list(tmp_path.iterdir()) == []
 

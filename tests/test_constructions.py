@@ -82,7 +82,10 @@ def test_deviation_shrinks_in_proportion_to_epsilon(activation, construction, he
 @pytest.mark.parametrize("low", [-1.0, 0.0])
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"padding": 0}, {"stride": 2}, {"padding": 2, "kernel": 5}, {"padding": 2, "dilation": 2}, {"kernel": 1, "padding": 0}],
+    [
+        {}, {"padding": 0}, {"stride": 2}, {"padding": 2, "kernel": 5}, {"padding": 2, "dilation": 2},
+        {"kernel": 1, "padding": 0},
+    ],
     ids=str,
 )  # fmt: skip
 def test_one_layer_stays_within_its_bound_at_every_pixel(activation, low, shape):
@@ -190,7 +193,7 @@ def test_layer_max_reaches_parameters_beyond_one():
     model = small_cnn("relu")
     with torch.no_grad():
         model[2].weight.mul_(8)
-    with pytest.raises(LtxError, match="layer 2, channel .*scaling=layer_max"):
+    with pytest.raises(LtxError, match=r"layer 2, channel .*scaling=layer_max"):
         construct(model, base_set_size=14, seed=0)
     ticket = construct(model, base_set_size=18, scaling="layer_max")
     assert verify(ticket, trace(model)).ok
@@ -199,7 +202,7 @@ def test_layer_max_reaches_parameters_beyond_one():
 
 def test_unreachable_parameters_are_an_error_that_helps():
     model = small_cnn("tanh")
-    with pytest.raises(LtxError, match=r"none of 1000 source rows .* within 0.0001 .*raise m or epsilon"):
+    with pytest.raises(LtxError, match=r"none of \d+ source rows .* within 0.0001.* raise m or epsilon"):
         construct(model, base_set_size=4, epsilon=1e-4)
 
 
@@ -284,7 +287,7 @@ def test_refuses_settings_without_meaning(arguments, message):
 
 def test_padding_that_every_tap_sees_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 2, 1, padding=1), nn.ReLU())
-    with pytest.raises(LtxError, match="layer 0: every tap .* zero padding"):
+    with pytest.raises(LtxError, match=r"layer 0: every tap .* zero padding"):
         construct(model, head="construct")
 
 

@@ -1,6 +1,6 @@
 """The solvers against brute force, and against each other."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_failures_fall_with_the_base_set_size():
     rng = np.random.default_rng(1)
     x, theta = rng.uniform(-1, 1, (4000, 14)), rng.uniform(-1, 1, 4000)
     shares = [(solve(x[:, :m], theta, EPSILON).error > EPSILON).mean() for m in (6, 8, 10, 12, 14)]
-    assert all(later < 0.8 * earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later < 0.8 * earlier for earlier, later in pairwise(shares))
 
 
 def test_numpy_in_numpy_out_torch_in_torch_out():

@@ -1,5 +1,7 @@
 """Synflow as Tanaka et al. describe it: conservation of the scores, the schedule, the masks."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import small_cnn
@@ -42,7 +44,7 @@ def test_scores_leave_the_model_alone(model):
 
 def test_schedule_is_exponential():
     steps = [synflow.density_after(s, 12, 0.1) for s in range(1, 13)]
-    ratios = [b / a for a, b in zip(steps, steps[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(steps)]
     assert steps[-1] == pytest.approx(0.1)
     assert all(r == pytest.approx(0.1 ** (1 / 12)) for r in ratios)
 

@@ -18,6 +18,8 @@ from ltx.errors import ConstructionError
 from ltx.source import SourceLayer
 
 MAX_ROWS_PER_SLOT = 1000
+HOPELESS_AFTER = 10  # rows per slot, before the chance of a row is judged
+HOPELESS_BELOW = 1e-3  # chance that any of MAX_ROWS_PER_SLOT rows would do
 CHUNK = 1 << 22  # base values held at a time
 
 
@@ -80,7 +82,8 @@ def solve_rows(
         names: what each kind of row stands for, for messages.
 
     Raises:
-        ConstructionError: a slot has used up MAX_ROWS_PER_SLOT rows, naming layer and row and what failed.
+        ConstructionError: a slot has used up MAX_ROWS_PER_SLOT rows, or is next to certain to do so, naming layer
+            and row and what failed.
     """
     total = len(slots)
     kind = torch.as_tensor(slots, dtype=torch.int64)
@@ -88,10 +91,13 @@ def solve_rows(
     sums = torch.zeros(total, dtype=torch.float64)
     masks: list[Tensor] = []
     pending = torch.arange(total)
-    begin = solved = failed = 0
-    for _ in range(MAX_ROWS_PER_SLOT):
-        if len(pending) == 0:
+    begin = attempts = 0
+    asked = torch.zeros(len(problems), dtype=torch.float64)  # problems solved for rows of each kind
+    missed = asked.clone()  # how many of them had no subset
+    while len(pending) and attempts < MAX_ROWS_PER_SLOT:
+        if _hopeless(problems, kind[pending], attempts, asked, missed):
             break
+        attempts += 1
         failing: list[Tensor] = []
         for part in _chunks(pending, [len(problems[int(kind[s])]) for s in pending], bases):
             tried = _try_rows(layer, seed, problems, kind[part], begin, bases, epsilon, selection, device)
@@ -100,26 +106,43 @@ def solve_rows(
             sums[part[good]] = tried.sums[good]
             masks.append(tried.mask)
             failing.append(part[~good])
-            begin, solved, failed = begin + len(part), solved + tried.problems, failed + tried.failures
-            closest = tried.worst
+            counts = torch.tensor([len(problems[int(k)]) for k in kind[part]], dtype=torch.float64)
+            asked.index_add_(0, kind[part], counts)
+            missed.index_add_(0, kind[part], tried.failures.double())
+            begin += len(part)
         pending = torch.cat(failing)
     if len(pending):
-        which = int(kind[pending[0]])
+        hardest = kind[pending][(missed / asked.clamp_min(1))[kind[pending]].argmax()]
+        which, share = int(hardest), float(missed[hardest] / asked[hardest])
         raise ConstructionError(
-            f"layer {layer.target or layer.name}, {names[which]}: none of {MAX_ROWS_PER_SLOT} source rows solves "
-            f"all of its {len(problems[which])} subset-sum problems within {epsilon:g} ({failed / max(solved, 1):.2%} "
-            f"of all problems fail, the last row's worst error is {closest:.3g}); raise m or epsilon"
-            + ("" if layer.role == "direct" else ", or use construction=L+1")
-            + (", or use scaling=layer_max" if _reaches(problems[which], bases, layer) else "")
+            f"layer {layer.target or layer.name}, {names[which]}: none of {attempts} source rows solves all of its "
+            f"{len(problems[which])} subset-sum problems within {epsilon:g}, because {share:.2g} of them have no such "
+            f"subset among {bases.columns.shape[1]} values; raise m or epsilon"
+            + (", or use construction=L+1" if layer.role == "pair" else "")
+            + (", or use scaling=layer_max" if _beyond(problems[which], bases, layer) else "")
         )
-    return Rows(row, begin, torch.cat(masks).sort().values if masks else torch.empty(0, dtype=torch.int64),
-                sums, solved, failed)  # fmt: skip
+    none = torch.empty(0, dtype=torch.int64)
+    mask = torch.cat([none, *masks]).sort().values
+    return Rows(row, begin, mask, sums, int(asked.sum()), int(missed.sum()))
 
 
-def _reaches(problems: Problems, bases: BaseSets, layer: SourceLayer) -> bool:
-    """Whether some target value is larger than the largest single entry could be."""
-    largest = bases.multipliers.abs().amax() * layer.sigma if bases.multipliers.numel() else 0.0
-    return bool(len(problems) and problems.theta.abs().max() > largest)
+def _hopeless(problems, kinds: Tensor, attempts: int, asked: Tensor, missed: Tensor) -> bool:
+    """Whether some slot will next to certainly use up all rows that it may try.
+
+    With a share f of its P problems failing, a row succeeds with a chance of at most (1 - f)^P: problems differ,
+    and the product of their chances is largest when they do not.
+    """
+    if attempts < HOPELESS_AFTER:
+        return False
+    count = torch.tensor([len(p) for p in problems], dtype=torch.float64)[kinds]
+    share = (missed / asked.clamp_min(1))[kinds]
+    return bool((MAX_ROWS_PER_SLOT * (1 - share) ** count < HOPELESS_BELOW).any())
+
+
+def _beyond(problems: Problems, bases: BaseSets, layer: SourceLayer) -> bool:
+    """Whether some target value is larger than any single entry could be."""
+    largest = float(bases.multipliers.abs().max()) * layer.sigma if bases.multipliers.numel() else 0.0
+    return float(problems.theta.abs().max()) > min(largest, 1.0)
 
 
 def _chunks(pending: Tensor, sizes: list[int], bases: BaseSets) -> list[Tensor]:
@@ -140,9 +163,7 @@ class _Tried:
     good: Tensor  # (rows,) bool
     sums: Tensor  # (rows,) float64
     mask: Tensor  # flat indices, of good rows only
-    problems: int
-    failures: int
-    worst: float  # largest error of a problem in the last row
+    failures: Tensor  # (rows,) int64: problems without a subset within epsilon
 
 
 def _try_rows(layer, seed, problems, kinds, begin, bases, epsilon, selection, device) -> _Tried:
@@ -151,16 +172,16 @@ def _try_rows(layer, seed, problems, kinds, begin, bases, epsilon, selection, de
     which = torch.repeat_interleave(torch.arange(len(mine)), torch.tensor([len(p) for p in mine]))
     base, tap, theta = (torch.cat([getattr(p, f) for p in mine]) for f in ("base", "tap", "theta"))
     if len(theta) == 0:
-        return _Tried(torch.ones(len(mine), dtype=torch.bool), torch.zeros(len(mine), dtype=torch.float64),
-                      torch.empty(0, dtype=torch.int64), 0, 0, 0.0)  # fmt: skip
+        none = torch.zeros(len(mine), dtype=torch.int64)
+        return _Tried(none == 0, none.double(), none[:0], none)
     rows = (begin + which)[:, None].expand(-1, bases.columns.shape[1])
     offsets = bases.columns[base] * layer.taps + tap[:, None]  # (P, m)
     weight = source.weights(layer, seed, rows.to(device), offsets.to(device))
     values = weight.double() * bases.multipliers[base].to(device)
     found = subset_sum.solve(values, theta.to(device), epsilon, selection=selection)
     error, mask = torch.as_tensor(found.error).cpu(), torch.as_tensor(found.mask).cpu()
-    fails = error > epsilon
-    good = torch.bincount(which, weights=fails.double(), minlength=len(mine)) == 0
+    failures = torch.bincount(which[error > epsilon], minlength=len(mine))
+    good = failures == 0
     chosen = (mask[:, None] >> torch.arange(offsets.shape[1])) & 1 == 1  # (P, m)
     sums = torch.zeros(len(mine), dtype=torch.float64)
     sums.index_add_(0, which, torch.where(chosen, values.cpu(), 0.0).sum(1))
@@ -168,5 +189,4 @@ def _try_rows(layer, seed, problems, kinds, begin, bases, epsilon, selection, de
     flat = (rows * layer.row_size + offsets)[chosen]
     if bases.paired:
         flat = torch.cat([flat, flat + layer.taps])
-    worst = float(error[which == which[-1]].max())
-    return _Tried(good, sums, flat, len(theta), int(fails.sum()), worst)
+    return _Tried(good, sums, flat, failures)

@@ -1,0 +1,36 @@
+"""Copy measured results into outputs/reference/: packed targets, the tables, one line per ticket.
+
+    python scripts/keep_reference.py OUTPUT_DIR
+
+OUTPUT_DIR is what `ltx train-target --multirun target=mnist activation=relu,leaky_relu,tanh,sigmoid ...
+output_dir=OUTPUT_DIR` wrote, or `make paper-tables` (whose tables are copied too where they are there).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from ltx.paths import reference_dir
+from ltx.targets import pack, read_checkpoint
+
+
+def main(output_dir: Path) -> None:
+    for path in sorted((output_dir / "targets").glob("*/target.safetensors")):
+        checkpoint = read_checkpoint(path)
+        name = f"{checkpoint.metadata['data']}-{checkpoint.metadata['activation']}.safetensors"
+        kept = reference_dir() / "targets" / name
+        pack(kept, checkpoint)
+        print(f"{kept} ({kept.stat().st_size / 1024:.0f} KiB, {float(checkpoint.metadata['accuracy']):.2f} %)")
+    for path in sorted((output_dir / "tables").glob("*")):
+        kept = reference_dir() / "tables" / path.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, kept)
+        print(kept)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
