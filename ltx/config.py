@@ -47,7 +47,7 @@ class TargetSettings:
         _require(self.batch_size >= 1, f"target.batch_size={self.batch_size}: must be at least 1")
         _require(self.learning_rate > 0, f"target.learning_rate={self.learning_rate}: must be positive")
         _require(self.bound is None or self.bound > 0, f"target.bound={self.bound}: must be positive or null")
-        _require(self.seed >= 0, f"target.seed={self.seed}: must not be negative")
+        _require(0 <= self.seed < 2**32, f"target.seed={self.seed}: must lie between 0 and 2**32 - 1")
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +35,20 @@ def compare(target: nn.Module, ticket: nn.Module, split: Split) -> Comparison:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
     """The model's outputs in eval mode and float32, (N, classes), on the images' device."""
-    training = model.training
+    with eval_mode(model):
+        return torch.cat([model(batch) for batch in images.split(batch_size)])
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and back into the mode that each was in."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    result = torch.cat([model(batch) for batch in images.split(batch_size)])
-    model.train(training)
-    return result
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def accuracy(model: nn.Module, split: Split) -> float:

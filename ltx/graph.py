@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 from ltx.activations import ACTIVATIONS, Activation, leaky_relu
 from ltx.errors import ConstructionError
+from ltx.evaluation import eval_mode
 from ltx.files import tensor_hash
-from ltx.targets.masked import MaskedConv2d, MaskedLinear
+from ltx.targets.masked import Masked
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,12 @@ class Layer:
 
     def parameters_above(self, epsilon: float) -> int:
         """Weights and biases of more than epsilon in magnitude: those that a ticket has to approximate."""
-        return int((self.weight.abs() > epsilon).sum() + (self.bias.abs() > epsilon).sum())
+        return int(above(self.weight, epsilon).sum() + above(self.bias, epsilon).sum())
+
+
+def above(parameters: Tensor, epsilon: float) -> Tensor:
+    """Which parameters exceed epsilon in magnitude, compared in float64: the one place that decides it."""
+    return parameters.double().abs() > epsilon
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,18 @@ class Graph:
         return last
 
     def digest(self) -> str:
-        """SHA-256 over the parameters in force; the same for every file format of the same target."""
-        return tensor_hash(
-            {
-                f"{name}.{part}": getattr(layer, part)
-                for name, layer in self.layers.items()
-                for part in ("weight", "bias")
-            }
-        )
+        """SHA-256 over operations and parameters in force; the same for every file format of the same target."""
+        position = {node.name: n for n, node in enumerate(self.nodes)}
+        tensors, operations = {}, []
+        for node in self.nodes:
+            entry: list = [node.op, [position[name] for name in node.inputs], sorted(node.attributes.items())]
+            if node.activation is not None:
+                entry += [node.activation.name, node.activation.slope_neg]
+            if node.layer is not None:
+                entry += [node.name, node.layer.kind, node.layer.stride, node.layer.padding, node.layer.dilation]
+                tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"] = node.layer.weight, node.layer.bias
+            operations.append(entry)
+        return hashlib.sha256((json.dumps(operations) + tensor_hash(tensors)).encode()).hexdigest()
 
 
 class _Tracer(fx.Tracer):
@@ -89,18 +103,15 @@ def trace(model: nn.Module) -> Graph:
     Raises:
         ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason.
     """
-    training = model.training
-    model.eval()
     try:
-        traced = _Tracer().trace(model)
+        with eval_mode(model):
+            traced = _Tracer().trace(model)
     except Exception as error:  # fx raises many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConstructionError(
             f"the network {type(model).__name__} cannot be traced by torch.fx ({reason}); "
             "remove control flow that depends on the input"
         ) from error
-    finally:
-        model.train(training)
     nodes: list[Node] = []
     alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
     for fx_node in traced.nodes:
@@ -108,9 +119,15 @@ def trace(model: nn.Module) -> Graph:
         node = _convert(model, fx_node, inputs)
         if node is None:
             alias[fx_node.name] = inputs[0]
-        else:
-            alias[fx_node.name] = node.name
-            nodes.append(node)
+            continue
+        taken = {"input", "output", *(other.name for other in nodes)}
+        if node.layer is not None and node.name in {other.name for other in nodes if other.layer is not None}:
+            raise _refuse(node.name, "layer", "used twice; a ticket cannot share the parameters of two places")
+        name = node.name
+        while node.op not in ("input", "output") and name in taken:
+            name += "_"  # a module that is used twice, or called like another node
+        alias[fx_node.name] = name
+        nodes.append(replace(node, name=name))
     inputs = [node for node in nodes if node.op == "input"]
     if len(inputs) != 1:
         raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
@@ -136,9 +153,9 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
     if isinstance(module, nn.Conv2d):
         return Node(name, "layer", inputs, layer=_convolution(name, module))
     if isinstance(module, nn.Linear):
-        return Node(name, "layer", inputs, layer=Layer("linear", *_parameters(module)))
+        return Node(name, "layer", inputs, layer=Layer("linear", *_parameters(name, module)))
     if isinstance(module, nn.LeakyReLU):
-        return Node(name, "activation", inputs, activation=leaky_relu(module.negative_slope))
+        return Node(name, "activation", inputs, activation=_leaky_relu(name, module.negative_slope))
     if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Identity):
         return None
     if isinstance(module, nn.Flatten):
@@ -174,7 +191,7 @@ def _convert_function(node: fx.Node, inputs: tuple[str, ...]) -> Node:
         return Node(node.name, "activation", inputs, activation=ACTIVATIONS[_FUNCTIONS[node.target]])  # type: ignore[index]
     if node.target is nn.functional.leaky_relu:
         slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return Node(node.name, "activation", inputs, activation=leaky_relu(float(slope)))  # type: ignore[arg-type]
+        return Node(node.name, "activation", inputs, activation=_leaky_relu(node.name, float(slope)))  # type: ignore[arg-type]
     if node.target in (torch.flatten, "flatten"):
         start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
         end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
@@ -196,19 +213,38 @@ def _convolution(name: str, module: nn.Conv2d) -> Layer:
         padding = (full[0] // 2, full[1] // 2) if module.padding == "same" else (0, 0)
     else:
         padding = _pair(module.padding)
-    return Layer("conv", *_parameters(module), _pair(module.stride), padding, dilation)
+    return Layer("conv", *_parameters(name, module), _pair(module.stride), padding, dilation)
 
 
-def _parameters(module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+def _leaky_relu(name: str, slope: float) -> Activation:
+    if not 0 <= slope < math.inf:
+        # m_+ + m_- would amplify the errors of the two base sets against each other, or be 0
+        raise _refuse(name, "LeakyReLU", f"negative_slope {slope:g} must not be negative")
+    return leaky_relu(slope)
+
+
+def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias in force: of a plain layer, one with `weight_mask` buffers, or torch.nn.utils.prune's."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks):
+        raise _refuse(name, type(module).__name__, "hooks may change what it computes; remove them")
+    if not isinstance(module, Masked) and type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+        raise _refuse(name, type(module).__name__, "a subclass with a forward of its own may compute anything")
     with torch.no_grad():
-        if isinstance(module, MaskedConv2d | MaskedLinear):
-            weight, bias = module.masked()
-        else:
-            weight, bias = module.weight, module.bias
-        bias = torch.zeros(len(weight)) if bias is None else bias
-        # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
-        weight, bias = (t.detach().float().cpu().contiguous() + 0.0 for t in (weight, bias))
+        weight = _in_force(module, "weight")
+        bias = torch.zeros(len(weight)) if module.bias is None else _in_force(module, "bias")
+    for part, tensor in (("weight", weight), ("bias", bias)):
+        if not torch.isfinite(tensor).all():
+            raise _refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
     return weight, bias
+
+
+def _in_force(module: nn.Module, part: str) -> Tensor:
+    parameter = getattr(module, f"{part}_orig", getattr(module, part))
+    mask = getattr(module, f"{part}_mask", None)
+    tensor = parameter if mask is None else parameter * mask
+    # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
+    return tensor.detach().float().cpu().contiguous() + 0.0
 
 
 def _pair(value) -> tuple[int, int]:

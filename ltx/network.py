@@ -26,22 +26,23 @@ class TicketNetwork(nn.Module):
         self._sparse: dict[str, SparseConvolution] = {}
         # a tensor without channels is more than torch can convolve: keep one where nothing is read
         self._read = {n: c if len(c) else torch.zeros(1, dtype=torch.int64) for n, c in ticket.read_channels().items()}
+        self._keys = {node.name: f"node{position}" for position, node in enumerate(ticket.graph)}
+        image: set[str] = set()  # nodes before the first layer, which have all of the image's channels
         for node in ticket.graph:
-            if node.op == "layer":
-                self._add_layer(ticket, node)
+            if node.op == "input" or (node.op not in ("layer", "given") and node.inputs[0] in image):
+                image.add(node.name)
+            elif node.op == "layer":
+                self._add_layer(ticket, node, whole=node.inputs[0] in image)
             elif node.op == "given":
                 weight = ticket.given[f"{node.name}.weight"]
                 weight = weight.view(len(weight), -1, node.attributes["taps"])[:, self._read[node.inputs[0]]]
                 self._hold(node.name, weight.flatten(1), ticket.given[f"{node.name}.bias"])
 
-    def _add_layer(self, ticket: Ticket, node: TicketNode) -> None:
+    def _add_layer(self, ticket: Ticket, node: TicketNode, *, whole: bool) -> None:
         """Hold the rows of a source layer that are read, its columns renumbered to the channels that are there."""
         layer = self._layers[node.attributes["layer"]]
         out = self._read[node.name]
-        source_node = node.inputs[0]
-        inside = torch.arange(layer.row_size // layer.taps)
-        if source_node != "input":
-            inside = self._read[source_node]
+        inside = torch.arange(layer.row_size // layer.taps) if whole else self._read[node.inputs[0]]
         rows, offsets, values = ticket.kept(layer.name)
         there = torch.isin(rows, out)
         rows, values = torch.searchsorted(out, rows[there]), values[there]
@@ -54,12 +55,12 @@ class TicketNetwork(nn.Module):
         self._hold(node.name, dense.view(shape), bias)
         if layer.kind == "conv" and len(values) < SPARSE_BELOW * dense.numel():
             self._sparse[node.name] = SparseConvolution(
-                rows, offsets, values, bias, kernel=layer.shape[2:], stride=layer.stride,  # type: ignore[arg-type]
-                padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
+                rows, offsets, values, bias, channels=len(inside), kernel=layer.shape[2:],  # type: ignore[arg-type]
+                stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
             )  # fmt: skip
 
     def _hold(self, name: str, weight: Tensor, bias: Tensor) -> None:
-        key = name.replace(".", "_")
+        key = self._keys[name]
         self.register_buffer(f"{key}_weight", weight)
         self.register_buffer(f"{key}_bias", bias)
 
@@ -84,14 +85,15 @@ class TicketNetwork(nn.Module):
             )
         if node.op == "output":
             rows = torch.tensor(node.attributes["rows"])
-            return x[:, torch.searchsorted(self._read[node.inputs[0]], rows)]
+            x = x[:, torch.searchsorted(self._read[node.inputs[0]], rows)]
+            return x.flatten(1) if node.attributes.get("flatten") else x
         raise ValueError(f"node '{node.name}': operation '{node.op}' is not known")
 
     def _apply_layer(self, node: TicketNode, x: Tensor) -> Tensor:
         sparse = self._sparse.get(node.name)
         if sparse is not None and x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad:
             return sparse(x)
-        key = node.name.replace(".", "_")
+        key = self._keys[node.name]
         weight, bias = self.get_buffer(f"{key}_weight"), self.get_buffer(f"{key}_bias")
         if weight.ndim == 2:
             return nn.functional.linear(x, weight, bias)

@@ -29,7 +29,7 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
     s = settings
     target = f"{s.target.name}-{s.activation.value}-{target_digest[:8]}"
     name = (
-        f"{s.construction.value}-m{s.m}-eps{s.epsilon:g}-{s.selection.value}-{s.head.value}-{s.scaling.value}"
+        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-{s.head.value}-{s.scaling.value}"
         f"-seed{s.seed}"
     )
     return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"

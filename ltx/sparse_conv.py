@@ -16,7 +16,7 @@ class SparseConvolution:
     """A 2d convolution that holds nothing but its kept entries."""
 
     def __init__(
-        self, rows: Tensor, offsets: Tensor, values: Tensor, bias: Tensor, *, kernel: tuple[int, int],
+        self, rows: Tensor, offsets: Tensor, values: Tensor, bias: Tensor, *, channels: int, kernel: tuple[int, int],
         stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
     ):  # fmt: skip
         """Kept entries as `Ticket.kept` returns them: rows ascending, offsets i * K + k."""
@@ -28,10 +28,13 @@ class SparseConvolution:
         self.value, self.bias = values.numpy().astype(np.float32), bias.numpy().astype(np.float32)
         self.used = np.unique(self.channel)
         self.stride, self.padding = stride, padding
+        self.channels = channels
         self.reach = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) float32 on the CPU -> (N, C_out, H', W')."""
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"input of shape {tuple(x.shape)}: the convolution takes {self.channels} channels")
         h, w = ((x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1))
         out = np.empty((len(x), len(self.bias), h, w), np.float32)
         _convolve(

@@ -19,14 +19,14 @@ def scores(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
 
     R is the sum of the outputs of the linearised network - absolute parameters, activations replaced by the
     identity, batch norm with its running statistics - on an input of ones. float64, because R grows
-    exponentially with depth.
+    exponentially with depth. Activations have to be modules: a function called in forward stays as it is.
 
     Args:
         shape: of one input without the batch dimension, e.g. (1, 28, 28).
     """
     linear = copy.deepcopy(model).double().eval()
     activations = tuple(type(a.module()) for a in ACTIVATIONS.values())
-    for name, module in list(linear.named_modules()):
+    for name, module in list(linear.named_modules(remove_duplicate=False)):
         if isinstance(module, activations):
             linear.set_submodule(name, nn.Identity())
     with torch.no_grad():

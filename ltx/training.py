@@ -75,7 +75,11 @@ def train(
         CheckpointError: `checkpoint` belongs to other settings.
     """
     device = str(data.images.device)
-    settings = json.dumps({"protocol": asdict(protocol), "density": density, "seed": seed}, sort_keys=True)
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    settings = json.dumps(
+        {"protocol": asdict(protocol), "density": density, "seed": seed, "shapes": shapes, "images": len(data)},
+        sort_keys=True,
+    )
     done = _resume(model, checkpoint, settings) if checkpoint else 0
     shape = tuple(data.images.shape[1:])
     model.to(device)
@@ -110,9 +114,14 @@ def _train_round(
 ) -> None:  # fmt: skip
     device = str(data.images.device)
     steps = protocol.epochs * (len(data) // min(protocol.batch_size, len(data)))
+    warm_up = 0.2 if steps != 5 else 0.3  # OneCycleLR divides by pct_start * total_steps - 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=protocol.learning_rate, total_steps=steps, pct_start=0.2, anneal_strategy="linear"
+        optimizer,
+        max_lr=protocol.learning_rate,
+        total_steps=steps,
+        pct_start=warm_up,
+        anneal_strategy="linear",
     )
     bounded = [parameter.data for parameter, _ in prunable(model).values()]
     amp = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=fast_bf16(device))

@@ -14,7 +14,7 @@ from ltx.constructions.builder import Outputs, Plan, Stream, TicketBuilder
 from ltx.constructions.l_plus_one import direct
 from ltx.constructions.two_for_one import two_for_one
 from ltx.errors import ConstructionError
-from ltx.graph import Graph, Node, trace
+from ltx.graph import Graph, Node, above, trace
 from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
@@ -117,9 +117,10 @@ class _Walk:
             elif node.op == "layer":
                 streams[node.name] = self._layer(node, streams[node.inputs[0]])
             elif node.op == "output":
-                slots = streams[node.inputs[0]].slots
-                rows = [] if slots is None else slots[:, 0].tolist()
-                self.builder.add_node("output", "output", (streams[node.inputs[0]].node,), rows=rows)
+                stream = streams[node.inputs[0]]
+                rows = [] if stream.slots is None else stream.slots[:, 0].tolist()
+                flatten = {"flatten": True} if stream.unflattened else {}
+                self.builder.add_node("output", "output", (stream.unflattened or stream.node,), rows=rows, **flatten)
             else:
                 streams[node.name] = self._elementwise(node, streams[node.inputs[0]])
 
@@ -154,6 +155,8 @@ class _Walk:
     def _layer(self, node: Node, stream: Stream) -> Stream:
         target = node.layer
         assert target is not None
+        if target.kind == "linear" and stream.slots is not None and not (stream.vector or stream.unflattened):
+            raise ConstructionError(f"layer {node.name}: a linear layer on images; flatten them first")
         if node.name == self.kept:
             return self._keep(node, stream)
         outputs = self._outputs(node)
@@ -196,9 +199,9 @@ class _Walk:
         if reader.op == "output" or reader.layer is None:
             return Outputs(1, torch.ones(len(layer.weight), dtype=torch.bool), 0)
         least = 0.0 if reader.name == self.kept else epsilon
-        read = (reader.layer.weight.view(len(reader.layer.weight), len(layer.weight), -1).abs() > least).any(2).any(0)
+        read = above(reader.layer.weight.view(len(reader.layer.weight), len(layer.weight), -1), least).any(2).any(0)
         behind = self.order[self.order.index(node.name) + 1 :]
-        biases = any(bool((self.graph.layers[n].bias.abs() > epsilon).any()) for n in behind)
+        biases = any(bool(above(self.graph.layers[n].bias, epsilon).any()) for n in behind)
         single = self.construction == "2L" or reader.name == self.kept
         return Outputs(1 if single else m, read, (1 if single else m) if biases else 0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ltx.activations import Activation
 from ltx.constructions.rows import BaseSets, Problems, Rows, solve_rows
 from ltx.errors import ConstructionError
-from ltx.graph import Layer
+from ltx.graph import Layer, above
 from ltx.liveness import read_channels
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD, Ticket, TicketNode
@@ -50,6 +50,10 @@ class Stream:
         features = layer.weight.shape[1]
         if self.slots is None:
             return torch.arange(features)[:, None], 1
+        if features % len(self.slots):
+            raise ConstructionError(
+                f"a linear layer with {features} inputs cannot read {len(self.slots)} flattened channels"
+            )
         return self.slots, features // len(self.slots)
 
 
@@ -77,6 +81,8 @@ class TicketBuilder:
         self.failures = 0
 
     def add_node(self, name: str, op: str, inputs: tuple[str, ...], **attributes) -> str:
+        if any(node.name == name for node in self.nodes):
+            raise ConstructionError(f"two nodes are called '{name}'; rename a module of the network")
         self.nodes.append(TicketNode(name, op, inputs, attributes))
         return name
 
@@ -117,10 +123,11 @@ class TicketBuilder:
         copies = len(channel) * outputs.copies
         slots = torch.full((len(problems), outputs.copies), -1, dtype=torch.int64)
         slots[channel] = found.row[:copies].view(-1, outputs.copies)
-        labels = torch.full((found.width,), DEAD, dtype=torch.int64)
+        width = max(found.width, 1)  # a layer has rows even where nothing reads it
+        labels = torch.full((width,), DEAD, dtype=torch.int64)
         labels[found.row[:copies]] = channel.repeat_interleave(outputs.copies)
         labels[found.row[copies:]] = CONSTANT
-        layer = replace(layer, shape=(found.width, *layer.shape[1:]))
+        layer = replace(layer, shape=(width, *layer.shape[1:]))
         self.add_layer(layer, node, found.mask, labels)
         return slots, found.row[copies:], found.sums[copies:]
 
@@ -169,13 +176,16 @@ def layer_scale(target: Layer, scaling: str) -> float:
     return float(np.nextafter(np.float32(max(1.0, largest)), np.float32(np.inf))) if largest > 1 else 1.0
 
 
-def constant_tap(target: Layer, name: str, taps: int) -> int:
+def constant_tap(target: Layer, name: str, taps: int, *, needed: bool) -> int:
     """The tap in which a constant channel is constant at every output position, borders included.
+
+    Args:
+        needed: whether anything reads a constant; 0 where nothing does.
 
     A tap at offset a * dilation - padding never reads the zero padding when padding <= a * dilation <=
     dilation * (kernel - 1) - padding: the centre tap of a "same" convolution, any tap without padding.
     """
-    if target.kind == "linear":
+    if target.kind == "linear" or not needed:
         return 0
     tap = []
     for size, padding, dilation in zip(target.weight.shape[2:], target.padding, target.dilation, strict=True):
@@ -200,11 +210,11 @@ def target_problems(target: Layer, taps: int, epsilon: float, base: Tensor, cons
     weight = target.weight.view(len(target.weight), -1, taps).double()
     result = []
     for row, bias in zip(weight, target.bias.double(), strict=True):
-        channel, k = (row.abs() > epsilon).nonzero(as_tuple=True)
+        channel, k = above(row, epsilon).nonzero(as_tuple=True)
         sets = base[channel]  # (P, n)
         theta = row[channel, k][:, None].expand_as(sets)
         parts = (sets.flatten(), k[:, None].expand_as(sets).flatten(), theta.flatten())
-        if abs(bias) > epsilon:
+        if above(bias, epsilon):
             extra = (torch.tensor([constant]), torch.tensor([tap]), bias[None])
             parts = tuple(torch.cat(pair) for pair in zip(parts, extra, strict=True))
         result.append(Problems(*parts))

@@ -38,7 +38,7 @@ def direct(
     m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
     slots, taps = stream.channels(target)  # (C_in, m)
     columns, multipliers = slots.clamp_min(0), torch.ones(slots.shape, dtype=torch.float64)
-    constant, tap = len(columns), constant_tap(target, name, taps)
+    constant, tap = len(columns), constant_tap(target, name, taps, needed=len(stream.constants) > 0)
     if len(stream.constants):
         columns = torch.cat([columns, stream.constants[None, :m]])
         multipliers = torch.cat([multipliers, stream.constant_values[None, :m]])

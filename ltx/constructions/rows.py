@@ -118,7 +118,7 @@ def solve_rows(
             f"layer {layer.target or layer.name}, {names[which]}: none of {attempts} source rows solves all of its "
             f"{len(problems[which])} subset-sum problems within {epsilon:g}, because {share:.2g} of them have no such "
             f"subset among {bases.columns.shape[1]} values; raise m or epsilon"
-            + (", or use construction=L+1" if layer.role == "pair" else "")
+            + (", or use construction=L+1" if layer.role == "pair" and layer.index > 1 else "")
             + (", or use scaling=layer_max" if _beyond(problems[which], bases, layer) else "")
         )
     none = torch.empty(0, dtype=torch.int64)

@@ -31,7 +31,7 @@ from ltx.constructions.builder import (
 )  # fmt: skip
 from ltx.constructions.rows import BaseSets, Problems
 from ltx.errors import ConstructionError
-from ltx.graph import Layer
+from ltx.graph import Layer, above
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
@@ -93,10 +93,8 @@ def two_for_one(
     sigma = linear_scale(phi, law, stream.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale)
     copies = _copy_layer(builder, name, target, stream, law, phi, sigma, slots, taps, outputs)
 
-    problems = target_problems(
-        target, taps, plan.epsilon, copies.base, copies.constant, constant_tap(target, name, taps)
-    )
-    tap = constant_tap(target, name, taps)
+    tap = constant_tap(target, name, taps, needed=copies.biased)
+    problems = target_problems(target, taps, plan.epsilon, copies.base, copies.constant, tap)
     one = Problems(torch.tensor([copies.constant]), torch.tensor([tap]), torch.ones(1, dtype=torch.float64))
     nothing = Problems(*(t[:0] for t in (one.base, one.tap, one.theta)))
     width = copies.width
@@ -111,7 +109,7 @@ def two_for_one(
         (nothing if free_constants else one) if outputs.constants else None,
     )  # fmt: skip
     weight = target.weight.abs().flatten(1).double()
-    reach = (weight + 2 * plan.epsilon * (weight > plan.epsilon)).sum(1) * max(stream.bound, 1.0)
+    reach = (weight + 2 * plan.epsilon * above(weight, plan.epsilon)).sum(1) * max(stream.bound, 1.0)
     bound = float((reach + target.bias.abs() + plan.epsilon).max())
     return Stream(name, row, constants, values, max(bound, 1.0 + plan.epsilon), vector=target.kind == "linear")
 
@@ -123,6 +121,7 @@ class _Copies:
     bases: BaseSets
     base: Tensor  # (C_in, n) base sets of each input channel
     constant: int  # base set of the constants
+    biased: bool  # whether there are any
 
 
 def _copy_layer(
@@ -133,8 +132,8 @@ def _copy_layer(
     m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
     first = not builder.layers
     weight = target.weight.view(len(target.weight), -1, taps)
-    read = (weight.abs() > epsilon).any(2).any(0).nonzero().flatten()
-    biased = bool((target.bias.abs() > epsilon).any()) or (outputs.constants > 0)
+    read = above(weight, epsilon).any(2).any(0).nonzero().flatten()
+    biased = bool(above(target.bias, epsilon).any()) or (outputs.constants > 0)
     image = target.kind == "conv" or (stream.slots is not None and not stream.vector)
     width = len(slots) if first else int(builder.slots[builder.layers[-1].name].shape[0])
     layer = SourceLayer(
@@ -175,7 +174,7 @@ def _copy_layer(
         multipliers[-1] = phi.fn(before) - (phi.fn(-before) if law.opposite else 0.0)
     base = torch.zeros(len(slots), len(law.signs), dtype=torch.int64)
     base[read] = torch.arange(len(read) * len(law.signs)).view(-1, len(law.signs))
-    return _Copies(node, used, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1)
+    return _Copies(node, used, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1, biased)
 
 
 def _match(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Masked(nn.Module):
+class Masked(nn.Module):
     """Registers `weight_mask` and `bias_mask`; the parameter in force is parameter * mask."""
 
     weight: Tensor
@@ -25,7 +25,7 @@ class _Masked(nn.Module):
         return self.weight * self.weight_mask, bias
 
 
-class MaskedConv2d(_Masked, nn.Conv2d):
+class MaskedConv2d(Masked, nn.Conv2d):
     """nn.Conv2d with masks."""
 
     def __init__(self, *args, **kwargs):
@@ -36,7 +36,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return self._conv_forward(input, *self.masked())
 
 
-class MaskedLinear(_Masked, nn.Linear):
+class MaskedLinear(Masked, nn.Linear):
     """nn.Linear with masks."""
 
     def __init__(self, *args, **kwargs):

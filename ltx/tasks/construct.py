@@ -25,7 +25,7 @@ def run(settings: Settings) -> Path:
     device = settings.torch_device
     target = targets_at.load(settings)
     path = paths.ticket_file(settings, target.digest)
-    if not settings.force and _valid(path):
+    if not settings.force and _valid(path, target.digest):
         log.info("%s: there already; force=true constructs again", path)
         return path
     statistics: list[Statistics] = []
@@ -57,12 +57,13 @@ def run(settings: Settings) -> Path:
     return path
 
 
-def _valid(path: Path) -> bool:
-    """Whether a whole ticket lies there; its settings are those of its folder's name."""
+def _valid(path: Path, target_digest: str) -> bool:
+    """Whether a whole ticket of that target lies there; its other settings are those of its folder's name."""
     if not path.is_file():
         return False
     try:
-        return verify(Ticket.load(path)).ok
+        ticket = Ticket.load(path)
+        return ticket.target_sha256 == target_digest and verify(ticket).ok
     except CheckpointError as error:
         log.info("%s; constructing it again", error)
         return False

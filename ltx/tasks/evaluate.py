@@ -39,8 +39,9 @@ def run(settings: Settings) -> Path:
         return result_path
 
     verification = verify(ticket, target.graph)
-    if not verification.ok:
-        raise LtxError(f"ticket {path}: {verification.violations[0]}; construct it again with force=true")
+    wrong = (*verification.violations, targets_at.unfit_range(ticket, target))[0]
+    if wrong is not None:
+        raise LtxError(f"ticket {path} is not valid: {wrong}; construct it again with force=true")
     split = data.load(target.data, train=False, root=settings.data_root, device=device)
     if settings.limit is not None and settings.limit < len(split):
         index = torch.randperm(len(split), generator=torch.Generator().manual_seed(SUBSET_SEED))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ltx.activations import ACTIVATIONS
 from ltx.config import ActivationName, Settings
 from ltx.errors import LtxError
 from ltx.files import write_text
@@ -49,11 +50,10 @@ def collect(settings: Settings) -> pd.DataFrame:
         "selection": settings.selection.value, "head": settings.head.value, "scaling": settings.scaling.value,
     }  # fmt: skip
     digests = set()
-    for activation in (
-        [settings.activation] if settings.target.checkpoint else list(ActivationName.__members__.values())
-    ):
+    names = [settings.activation.value] if settings.target.checkpoint else list(ACTIVATIONS)
+    for name in names:
         try:
-            digests.add(targets_at.load(replace(settings, activation=activation)).digest)
+            digests.add(targets_at.load(replace(settings, activation=ActivationName(name))).digest)  # type: ignore[operator]
         except LtxError as error:
             log.debug("%s", error)  # no target of that activation
     rows = []

@@ -48,10 +48,17 @@ def find(settings: Settings) -> Path | None:
         _require_same(settings, own)
         return own
     reference = paths.reference_target(settings)
-    usable = settings.use_reference and settings.target.seed == 0 and reference.is_file()
-    if usable and targets.read_checkpoint(reference).metadata.get("protocol") == settings.protocol.name:
+    if settings.use_reference and settings.target.seed == 0 and reference.is_file() and _serves(settings, reference):
         return reference
     return None
+
+
+def _serves(settings: Settings, reference: Path) -> bool:
+    """Whether a kept target was trained by the protocol of the settings, for at least as many epochs."""
+    metadata = targets.read_checkpoint(reference).metadata
+    different = _differences(settings, metadata)
+    longer = json.loads(metadata["training"])["epochs"] >= settings.protocol.epochs
+    return metadata.get("protocol") == settings.protocol.name and different.keys() <= {"epochs"} and longer
 
 
 def describe(path: Path) -> str:
@@ -65,14 +72,19 @@ def describe(path: Path) -> str:
 
 
 def _require_same(settings: Settings, path: Path) -> None:
-    was = json.loads(targets.read_checkpoint(path).metadata.get("training", "{}"))
-    now = {**asdict(protocol_of(settings)), "density": settings.target.density}
-    different = [f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v]
+    different = _differences(settings, targets.read_checkpoint(path).metadata)
     if different:
         raise LtxError(
-            f"{path} was trained with other settings ({'; '.join(different)}); "
+            f"{path} was trained with other settings ({'; '.join(different.values())}); "
             "choose another output_dir, or train again with force=true"
         )
+
+
+def _differences(settings: Settings, metadata: dict[str, str]) -> dict[str, str]:
+    """Training settings in which a target file differs from the settings, each with a phrase."""
+    was = json.loads(metadata.get("training", "{}"))
+    now = {**asdict(protocol_of(settings)), "density": settings.target.density}
+    return {k: f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v}
 
 
 def load(settings: Settings) -> Target:
@@ -113,6 +125,14 @@ def load_for(ticket: Ticket, settings: Settings) -> Target | None:
         if target.digest == ticket.target_sha256:
             return target
     return None
+
+
+def unfit_range(ticket: Ticket, target: Target) -> str | None:
+    """What is wrong where the target's data has inputs outside the range that the ticket was made for."""
+    lo, hi = data.dataset_spec(target.data).input_range
+    if ticket.input_low <= lo and hi <= ticket.input_high:
+        return None
+    return f"inputs: made for [{ticket.input_low:g}, {ticket.input_high:g}], {target.data} has [{lo:g}, {hi:g}]"
 
 
 def _read(path: Path, settings: Settings, activation: str | None = None) -> Target:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from ltx import data
 from ltx.config import Settings
 from ltx.errors import LtxError
+from ltx.tasks import targets_at
 from ltx.tasks.evaluate import find_ticket
 from ltx.verification import verify
 
@@ -20,11 +20,8 @@ def run(settings: Settings) -> None:
     result = verify(ticket, None if target is None else target.graph)
     violations = list(result.violations)
     if target is not None:
-        lo, hi = data.dataset_spec(target.data).input_range
-        if lo < ticket.input_low or hi > ticket.input_high:
-            violations.append(
-                f"inputs: made for [{ticket.input_low:g}, {ticket.input_high:g}], {target.data} has [{lo:g}, {hi:g}]"
-            )
+        unfit = targets_at.unfit_range(ticket, target)
+        violations += [] if unfit is None else [unfit]
     if violations:
         more = f"; and {len(violations) - SHOWN} more" if len(violations) > SHOWN else ""
         raise LtxError(f"ticket {path} is not valid: {'; '.join(violations[:SHOWN])}{more}")

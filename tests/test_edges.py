@@ -1,0 +1,257 @@
+"""Networks at the edges: what a construction, a ticket's module or a verification could get wrong unnoticed."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import images, randomise, small_cnn
+from torch import nn
+from torch.nn.utils import prune
+
+from ltx import LtxError, construct, verify
+from ltx.activations import leaky_relu
+from ltx.errors import ConstructionError
+from ltx.graph import trace
+from ltx.targets.masked import MaskedConv2d
+from ltx.ticket import TicketNode
+
+two_for_one = sys.modules["ltx.constructions.two_for_one"]  # the package has a function of that name
+both = pytest.mark.parametrize("construction", ["2L", "L+1"])
+
+
+def close(model, x, *, tolerance=0.1, **arguments):
+    """Construct, verify and run a ticket; it must be near its target in shape and value."""
+    ticket = construct(model, base_set_size=18, epsilon=0.002, **arguments)
+    assert verify(ticket, trace(model)).violations == ()
+    with torch.no_grad():
+        theirs, ours = model.double()(x.double()), ticket.to_module().double()(x.double())
+        single = ticket.to_module()(x.float())
+    model.float()
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < tolerance
+    torch.testing.assert_close(single.double(), ours, atol=1e-3, rtol=1e-3)
+    return ticket
+
+
+def sequential(*modules, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(*modules).eval()
+
+
+@both
+def test_channels_and_pixels_of_the_image_that_nothing_reads(construction):
+    model = sequential(nn.Flatten(), nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[1].weight[:, 5] = 0
+    close(model, images(), construction=construction)
+    for first in (nn.Tanh(), nn.MaxPool2d(2)):
+        model = sequential(first, nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        with torch.no_grad():
+            model[1].weight[:, 0] = 0
+        close(model, torch.rand(4, 3, 6, 6), construction=construction, head="construct")
+    model = sequential(nn.Tanh(), nn.Conv2d(40, 4, 1), nn.ReLU())
+    with torch.no_grad():
+        model[1].weight[:, ::2] = 0
+    close(model, torch.rand(4, 40, 6, 6), construction=construction, head="construct")
+
+
+@both
+def test_names_that_differ_in_a_dot_only(construction):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(1, 4, 3, padding=1)
+            self.l = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1)])
+            self.l_0 = nn.Conv2d(4, 4, 3, padding=1)
+            self.relu = nn.ReLU()  # one module, used three times
+            self.input = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            for layer in (self.first, self.l[0], self.l_0):
+                x = self.relu(layer(x))
+            return self.input(x)
+
+    torch.manual_seed(0)
+    close(Named().eval(), images(), construction=construction, head="construct", tolerance=0.2)
+
+
+@both
+def test_a_network_that_ends_flattened(construction):
+    model = sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten())
+    close(model, images(), construction=construction, head="construct")
+
+
+@both
+@pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.003])
+def test_a_parameter_of_epsilon_itself(construction, epsilon):
+    """float32(epsilon) may lie above epsilon: one rule says so everywhere."""
+    model = small_cnn("relu", bias=False)
+    with torch.no_grad():
+        model[2].weight[:, 2] = 0
+        model[2].weight[0, 2, 1, 1] = epsilon
+        model[2].weight_mask[0, 2, 1, 1] = 1
+        model[2].bias[1] = epsilon
+    for head in ("keep", "construct"):
+        ticket = construct(model, construction=construction, epsilon=epsilon, head=head)
+        assert verify(ticket, trace(model)).violations == ()
+
+
+@both
+@pytest.mark.parametrize("empty", [(0,), (2,), (0, 2), (0, 2, 5)])
+def test_layers_without_parameters(construction, empty):
+    for activation in ("relu", "sigmoid"):
+        model = small_cnn(activation)
+        with torch.no_grad():
+            for n in empty:
+                model[n].weight_mask.zero_()
+                model[n].bias_mask.zero_()
+        for head in ("keep", "construct"):
+            close(model, images(), construction=construction, head=head)
+
+
+@both
+def test_a_layer_without_bias_needs_no_constant_tap(construction):
+    model = sequential(nn.Conv2d(1, 3, 2, padding=1, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 2, padding=1, bias=False))
+    close(model, images(), construction=construction, head="construct")
+
+
+def test_pruned_by_torch():
+    model = small_cnn("relu")
+    plain = sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    prune.random_unstructured(plain[0], "weight", 0.5)
+    stale = {k: v.clone() * 0.5 if k.endswith("orig") else v.clone() for k, v in plain.state_dict().items()}
+    plain.load_state_dict(stale)  # module.weight is the old one until the next forward
+    assert torch.equal(trace(plain).layers["0"].weight, (plain[0].weight_orig * plain[0].weight_mask).detach() + 0.0)
+    close(plain, images())
+    assert trace(model).layers
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, input):
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+def test_refusals():
+    hooked = nn.Linear(4, 2)
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    broken = nn.Linear(4, 2)
+    with torch.no_grad():
+        broken.weight[0, 0] = float("nan")
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    for model, message in (
+        (sequential(Standardised(1, 2, 3)), "forward of its own"),
+        (sequential(nn.Flatten(), hooked), "hooks"),
+        (sequential(nn.Flatten(), broken), "weight has NaN"),
+        (Twice(), "used twice"),
+        (sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(-0.5)), "must not be negative"),
+        (sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 2)), "flatten them first"),
+    ):
+        with pytest.raises(ConstructionError, match=message):
+            construct(model, head="construct")
+
+
+def test_modes_of_the_modules_stay():
+    model = small_cnn("relu")
+    model.train()
+    model[2].eval()
+    trace(model)
+    assert model.training
+    assert not model[2].training
+
+
+# what `verify` has to see although every sum comes out
+
+
+@pytest.fixture(scope="module")
+def relu():
+    return small_cnn("relu")
+
+
+@pytest.fixture(scope="module", params=["2L", "L+1"])
+def honest(request, relu):
+    return construct(relu, construction=request.param, base_set_size=14, epsilon=0.02)
+
+
+def node(ticket, name, **changes):
+    """The ticket with one node of its graph changed."""
+    return replace(ticket, graph=tuple(replace(n, **changes) if n.name == name else n for n in ticket.graph))
+
+
+def layer(ticket, name, **changes):
+    return replace(ticket, layers=tuple(replace(n, **changes) if n.name == name else n for n in ticket.layers))
+
+
+def test_tampered_structures_are_found(honest, relu):
+    graph = trace(relu)
+    assert verify(honest, graph).ok
+    first = honest.layers[0]
+    behind = "2" if honest.construction == "L+1" else "2.copies"
+    wrong = {
+        "a layer that skips its activation": node(honest, behind, inputs=("0",)),
+        "an operation behind the output": replace(
+            honest, graph=(*honest.graph, TicketNode("more", "activation", ("output",), {"function": "relu"}))
+        ),
+        "no output": replace(honest, graph=honest.graph[:-1]),
+        "another activation": node(honest, "1", attributes={"function": "identity"}),
+        "an unknown activation": node(honest, "1", attributes={"function": "swish"}),
+        "an activation without a name": node(honest, "1", attributes={}),
+        "a kernel turned": layer(honest, "2", shape=(*honest.layer("2").shape[:2], 1, 9)),
+        "other padding": layer(honest, "2", padding=(0, 0)),
+        "a stride in the copies": layer(honest, first.name, stride=(2, 2)),
+        "padded copies": layer(honest, first.name, padding=(1, 1)),
+        "no number as sigma": layer(honest, "2", sigma=float("nan")),
+        "an unknown role": layer(honest, "2", role="magic"),
+        "a label beyond the target": replace(
+            honest, slots={**honest.slots, "2": torch.where(honest.slots["2"] == 0, 99, honest.slots["2"])}
+        ),
+        "a label of the copies beyond the image": replace(
+            honest, slots={**honest.slots, first.name: torch.where(honest.slots[first.name] == 0, 9, 0)}
+        ),
+        "any epsilon": replace(honest, epsilon=float("inf")),
+    }
+    for what, ticket in wrong.items():
+        assert not verify(ticket, graph).ok, what
+
+
+def test_targets_that_differ_in_structure_only_have_other_digests():
+    conv, relu = nn.Conv2d(1, 1, 3, padding=1), nn.ReLU()
+    variants = [
+        nn.Sequential(conv, relu), nn.Sequential(relu, conv), nn.Sequential(conv, nn.LeakyReLU(0.1)),
+        nn.Sequential(conv, nn.LeakyReLU(0.2)), nn.Sequential(conv, relu, nn.MaxPool2d(2)),
+        nn.Sequential(conv, relu, nn.MaxPool2d(2, 1)),
+    ]  # fmt: skip
+    assert len({trace(v).digest() for v in variants}) == len(variants)
+
+
+def test_copies_of_the_wrong_sign_are_found(monkeypatch):
+    """With nonnegative inputs a row with lambda < 0 computes nothing behind a ReLU, whatever the sums say."""
+    model = nn.Sequential(MaskedConv2d(2, 3, 3, padding=1), nn.ReLU()).eval()
+    randomise(model[0], torch.Generator().manual_seed(0), 0.3)
+    either = two_for_one.PairLaw((0,), 1.0, False)
+    monkeypatch.setattr(two_for_one, "pair_law", lambda phi, nonnegative: either)
+    ticket = construct(model, base_set_size=16, head="construct", input_range=(0.0, 1.0))
+    assert not verify(ticket, trace(model)).ok
+
+
+def test_a_sigma_beyond_the_linear_neighbourhood_is_found(monkeypatch):
+    model = small_cnn("tanh")
+    monkeypatch.setattr(two_for_one, "linear_scale", lambda *a, **k: 1.0)
+    ticket = construct(model, base_set_size=16)
+    result = verify(ticket, trace(model))
+    assert "from linear on inputs of at most 1" in result.violations[0]
+
+
+def test_leaky_slopes_above_one():
+    model = sequential(nn.Conv2d(1, 3, 3, padding=1), leaky_relu(1.5).module())
+    close(model, images(), head="construct")
+    with pytest.raises(LtxError, match="negative"):
+        trace(sequential(nn.Conv2d(1, 3, 3), nn.LeakyReLU(-1.0)))

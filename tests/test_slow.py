@@ -1,0 +1,62 @@
+"""Slow tests: a training that is killed, a head that is constructed on MNIST."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ltx import construct, data, verify
+from ltx.evaluation import compare
+from ltx.graph import trace
+from ltx.paths import reference_dir
+from ltx.targets import build, load_into, read_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+def train(output_dir):
+    command = [sys.executable, "-m", "ltx.cli", "train-target", "target=digits", "protocol=smoke", "device=cpu"]
+    command += ["protocol.rounds=6", "protocol.epochs=3", f"output_dir={output_dir}"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_training_continues_to_the_same_target(tmp_path):
+    whole = train(tmp_path / "whole")
+    whole.communicate()
+    assert whole.returncode == 0
+    killed = train(tmp_path / "killed")
+    round_file = tmp_path / "killed/targets/digits-relu-smoke-seed0/round.safetensors"
+    while not round_file.is_file():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert round_file.is_file()
+    again = train(tmp_path / "killed")
+    _, log = again.communicate()
+    assert again.returncode == 0
+    assert "round 1/6" not in log
+    states = [
+        read_checkpoint(tmp_path / n / "targets/digits-relu-smoke-seed0/target.safetensors").state
+        for n in ("whole", "killed")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not round_file.exists()
+
+
+@pytest.mark.mnist
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_constructed_head_on_mnist(mnist_root, activation):
+    """25,000 parameters in ten rows: m = 15 has no row that works, m = 20 does (README, limits)."""
+    checkpoint = read_checkpoint(reference_dir() / "targets" / f"mnist-{activation}.safetensors")
+    spec = data.dataset_spec("mnist")
+    model = load_into(build("mnist_cnn", activation, shape=spec.shape, classes=10), checkpoint, network="mnist_cnn")
+    ticket = construct(model, base_set_size=20, head="construct", input_range=spec.input_range)
+    assert verify(ticket, trace(model)).ok
+    assert not ticket.given  # nothing but pruned random parameters
+    split = data.load("mnist", train=False, root=mnist_root)
+    measured = compare(model, ticket.to_module(), split)
+    assert abs(measured.ticket_accuracy - measured.target_accuracy) < 0.5
