@@ -123,6 +123,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (LtxError, HydraException, OmegaConfBaseException) as error:
         return _fail(_line(error))
+    except OSError as error:  # Hydra's own folder of a sweep
+        return _fail(f"cannot write {error.filename}: {error.strerror}; choose another place with output_dir=DIR")
     except SystemExit as done:  # --help, --cfg, and what argparse refuses
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:

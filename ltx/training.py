@@ -80,7 +80,14 @@ def train(
         {"protocol": asdict(protocol), "density": density, "seed": seed, "shapes": shapes, "images": len(data)},
         sort_keys=True,
     )
+
+    def keep(done: int) -> None:
+        if checkpoint:
+            write_tensors(checkpoint, model.state_dict(), {"round": str(done), "settings": settings})
+
     done = _resume(model, checkpoint, settings) if checkpoint else 0
+    if not done:
+        keep(0)  # a folder that cannot be written to shows before the first round, not after it
     shape = tuple(data.images.shape[1:])
     model.to(device)
     _keep_freed_memory()
@@ -92,8 +99,7 @@ def train(
         )
         synflow.prune(model, shape, step, scope=protocol.scope)
         _train_round(model, data, test, protocol, round_, seed, on_progress)
-        if checkpoint:
-            write_tensors(checkpoint, model.state_dict(), {"round": str(round_), "settings": settings})
+        keep(round_)
     return accuracy(model, test)
 
 

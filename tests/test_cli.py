@@ -198,6 +198,9 @@ def test_output_folder_that_cannot_be_written(outputs, ltx):
     status, out, err = ltx("construct", *SMOKE, f"target.checkpoint={target}", output_dir=Path("/dev/null/x"))
     assert (status, out) == (1, "")
     assert "cannot write /dev/null/x" in one_line(err)
+    status, _, err = ltx("construct", "--multirun", *SMOKE, "seed=0,1", output_dir=Path("/dev/null/x"))
+    assert status == 1
+    assert "cannot write /dev/null/x" in one_line(err)
 
 
 def test_a_damaged_ticket_is_constructed_again(outputs, ltx):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ltx import construct, data, verify
 from ltx.evaluation import compare
@@ -23,13 +24,20 @@ def train(output_dir):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def rounds_done(path):
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["round"])
+
+
 def test_a_killed_training_continues_to_the_same_target(tmp_path):
     whole = train(tmp_path / "whole")
     whole.communicate()
     assert whole.returncode == 0
     killed = train(tmp_path / "killed")
     round_file = tmp_path / "killed/targets/digits-relu-smoke-seed0/round.safetensors"
-    while not round_file.is_file():
+    while rounds_done(round_file) < 1:
         assert killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
