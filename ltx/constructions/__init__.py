@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -126,8 +126,6 @@ class _Walk:
 
     def _elementwise(self, node: Node, stream: Stream) -> Stream:
         """An operation that treats every channel alike, so that slots stay where they are."""
-        from dataclasses import replace
-
         builder = self.builder
         if node.op == "flatten":
             if stream.vector or stream.unflattened:

@@ -168,6 +168,17 @@ class TicketBuilder:
         return mask % layer.row_size // layer.taps
 
 
+def constant_row(outputs: Outputs, base: int, tap: int, *, free: bool) -> Problems | None:
+    """The problems of a row that is constant: to sum the constants of base set `base` to 1 before its activation.
+
+    None where no such row is wanted; no problems where `free`: with phi(0) != 0 a fully pruned row will do.
+    """
+    if not outputs.constants:
+        return None
+    one = Problems(torch.tensor([base]), torch.tensor([tap]), torch.ones(1, dtype=torch.float64))
+    return Problems(one.base[:0], one.tap[:0], one.theta[:0]) if free else one
+
+
 def layer_scale(target: Layer, scaling: str) -> float:
     """Factor on a layer's parameters: 1, or with `layer_max` the target's largest magnitude where beyond 1."""
     if scaling == "unit":

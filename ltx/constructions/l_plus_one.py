@@ -12,11 +12,12 @@ from ltx.constructions.builder import (
     Outputs,
     Stream,
     TicketBuilder,
+    constant_row,
     constant_tap,
     layer_scale,
     target_problems,
 )  # fmt: skip
-from ltx.constructions.rows import BaseSets, Problems
+from ltx.constructions.rows import BaseSets
 from ltx.graph import Layer
 from ltx.source import SourceLayer
 
@@ -43,8 +44,6 @@ def direct(
         columns = torch.cat([columns, stream.constants[None, :m]])
         multipliers = torch.cat([multipliers, stream.constant_values[None, :m]])
     problems = target_problems(target, taps, epsilon, torch.arange(len(slots))[:, None], constant, tap)
-    one = Problems(torch.tensor([constant]), torch.tensor([tap]), torch.ones(1, dtype=torch.float64))
-    nothing = Problems(*(t[:0] for t in (one.base, one.tap, one.theta)))
     width = int(builder.slots[builder.layers[-1].name].shape[0])
     layer = SourceLayer(
         name, len(builder.layers), target.kind,
@@ -54,6 +53,6 @@ def direct(
     )  # fmt: skip
     row, constants, values = builder.approximate(
         layer, target, stream.node, problems, BaseSets(columns, multipliers), outputs,
-        (nothing if free_constants else one) if outputs.constants else None,
+        constant_row(outputs, constant, tap, free=free_constants),
     )  # fmt: skip
     return Stream(name, row, constants, values, float("inf"), vector=target.kind == "linear")

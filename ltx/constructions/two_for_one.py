@@ -25,11 +25,12 @@ from ltx.constructions.builder import (
     Outputs,
     Stream,
     TicketBuilder,
+    constant_row,
     constant_tap,
     layer_scale,
     target_problems,
 )  # fmt: skip
-from ltx.constructions.rows import BaseSets, Problems
+from ltx.constructions.rows import BaseSets
 from ltx.errors import ConstructionError
 from ltx.graph import Layer, above
 from ltx.source import SourceLayer
@@ -95,8 +96,6 @@ def two_for_one(
 
     tap = constant_tap(target, name, taps, needed=copies.biased)
     problems = target_problems(target, taps, plan.epsilon, copies.base, copies.constant, tap)
-    one = Problems(torch.tensor([copies.constant]), torch.tensor([tap]), torch.ones(1, dtype=torch.float64))
-    nothing = Problems(*(t[:0] for t in (one.base, one.tap, one.theta)))
     width = copies.width
     layer = SourceLayer(
         name, len(builder.layers), target.kind,
@@ -106,7 +105,7 @@ def two_for_one(
     )  # fmt: skip
     row, constants, values = builder.approximate(
         layer, target, copies.node, problems, copies.bases, outputs,
-        (nothing if free_constants else one) if outputs.constants else None,
+        constant_row(outputs, copies.constant, tap, free=free_constants),
     )  # fmt: skip
     weight = target.weight.abs().flatten(1).double()
     reach = (weight + 2 * plan.epsilon * above(weight, plan.epsilon)).sum(1) * max(stream.bound, 1.0)
