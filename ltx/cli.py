@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": ("verify", "check that a ticket is a subnetwork of its source and approximates its target"),
     "tables": ("tables", "write the paper's tables from the results that are there"),
 }
+_FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve", "--version")
 _FLAGS_WITH_VALUE = (
     "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn",
     "--config-dir", "-cd", "--experimental-rerun",
@@ -51,6 +52,16 @@ def run(arguments: list[str]) -> int:
             a if b in _FLAGS_WITH_VALUE else _positional(POSITIONAL[command], a)
             for b, a in zip(before, overrides, strict=False)
         ]
+    for before, argument in zip(["", *overrides], overrides, strict=False):
+        if argument.startswith("-") and argument.split("=")[0] not in _FLAGS + _FLAGS_WITH_VALUE:
+            return _fail(f"unknown flag '{argument}'; settings are written KEY=VALUE (ltx {command} --help)")
+        if not argument.startswith("-") and not _OVERRIDE.match(argument) and before not in _FLAGS_WITH_VALUE:
+            return _fail(f"'{argument}' is no setting; settings are written KEY=VALUE, e.g. m=15")
+    if "--help" in overrides or "-h" in overrides:
+        from ltx.help import command_help
+
+        print(command_help(command, COMMANDS[command][1]))
+        return 0
     overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
     return _hydra(command, overrides)
 
@@ -138,11 +149,12 @@ def _hydra(command: str, overrides: list[str]) -> int:
 
 
 def _line(error: BaseException) -> str:
-    """An exception's message in one line, without Hydra's hints on its own syntax."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    useless = ("To append to your config", "Set the environment variable", "full_key:", "object_type=")
-    kept = [line for line in lines if not line.startswith(useless)]
-    return " ".join(kept or lines or [type(error).__name__])
+    """An exception's message in one line, with its cause and without Hydra's hints on its own syntax."""
+    useless = ("To append to your config", "Set the environment variable", "full_key:", "object_type=", "See https:",
+               "Config search path:", "provider=", "reference_type=")  # fmt: skip
+    lines = [line.strip() for e in (error, error.__cause__) if e is not None for line in str(e).splitlines()]
+    kept = list(dict.fromkeys(line for line in lines if line and not line.startswith(useless)))
+    return " ".join(kept) or type(error).__name__
 
 
 def _fail(message: str) -> int:

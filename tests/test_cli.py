@@ -13,6 +13,7 @@ from conftest import ROOT, small_cnn
 
 from ltx import Ticket, cli
 from ltx.files import write_tensors
+from ltx.help import SETTINGS
 
 SMOKE = ("target=digits", "protocol=smoke", "device=cpu")
 
@@ -55,8 +56,36 @@ def test_version(ltx):
 def test_command_help_lists_the_settings(command, ltx):
     status, out, _ = ltx(command, "--help")
     assert status == 0
-    assert "construction: L+1" in out
-    assert "target: digits, mnist" in out
+    assert "activation=relu" in out
+    assert "leaky_relu, tanh, sigmoid" in out
+
+
+def test_help_states_the_settings_as_they_are(ltx):
+    import yaml
+
+    _, out, _ = ltx("construct", "target=mnist", "--cfg", "job")
+    config = yaml.safe_load(out)
+    seen = set()
+    for key, default, *_ in SETTINGS:
+        if key in ("target", "protocol", "experiment"):
+            seen.add(key)
+            continue
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        assert value == yaml.safe_load(default) or key == "output_dir", key
+        seen.add(key.split(".")[0])
+    assert set(config) <= seen | {"data"}
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
+def test_kept_targets_serve_the_default_settings(ltx, tmp_path, activation):
+    """A newcomer constructs for MNIST without training anything."""
+    status, out, _ = ltx("construct", "target=mnist", f"activation={activation}", output_dir=tmp_path)
+    assert status == 0
+    assert last_line(out).is_file()
+    status, out, err = ltx("train-target", "target=mnist", f"activation={activation}", output_dir=tmp_path)
+    assert (status, "there already" in err) == (0, True)
 
 
 def test_train_construct_eval_verify_tables(outputs, ltx):
@@ -155,8 +184,10 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
     [
         (["prune"], "unknown command 'prune'; there are train-target"),
         (["construct", "colour=red"], "'colour'"),
-        (["construct", "activation=swish"], "swish"),
-        (["construct", "construction=3L"], "3L"),
+        (["construct", "activation=swish"], "expected one of [relu, leaky_relu, tanh, sigmoid, identity]"),
+        (["construct", "construction=3L"], "expected one of [2L, L+1]"),
+        (["construct", "--fast"], "unknown flag '--fast'"),
+        (["construct", "m", "15"], "'m' is no setting; settings are written KEY=VALUE"),
         (["construct", "construction=2L,L+1"], "construction"),
         (["construct", "target=imagenet"], "target/imagenet"),
         (["construct", "m=0"], "between 1 and 24"),

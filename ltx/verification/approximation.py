@@ -159,6 +159,9 @@ class Approximation:
         bias[channels] = target.bias.double()[labels[channels]]
         has = torch.bincount(rows[constant], minlength=layer.shape[0]) > 0
         yield from self._compare(layer, bias_sum[:, None], has[:, None], bias[:, None], channels, 1, epsilon, "bias")
+        off = constant_row & has & ~((bias_sum - 1).abs() <= epsilon + ROUNDING)
+        for row in off.nonzero().flatten()[:1].tolist():
+            yield f"layer {layer.name}, row {row}: a constant sums to {float(bias_sum[row]):.6g}, not to 1"
         stray = kept.view(layer.shape[0], -1).any(1) & constant_row
         for row in stray.nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}: row {row} is labelled constant and reads a channel that is not"

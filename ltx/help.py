@@ -1,0 +1,61 @@
+"""`ltx COMMAND --help`: every setting, its default, what it may be, and what it does. Static, so that it is quick."""
+
+from __future__ import annotations
+
+ALL = ("train-target", "construct", "eval", "verify", "tables")
+TRAIN = ("train-target",)
+TICKET = ("construct", "eval", "verify", "tables")
+FILE = ("eval", "verify")
+
+# key, default, values, meaning, commands that look at it
+SETTINGS = (
+    ("target", "mnist", "mnist, digits", "network, data and densities together", ALL),
+    ("activation", "relu", "relu, leaky_relu, tanh, sigmoid, identity", "of the target", ALL),
+    ("protocol", "quick", "paper, quick, smoke", "12 x 50, 12 x 2, 2 x 1 rounds x epochs of training", ALL),
+    ("protocol.rounds", "12", "1 or more", "pruning steps", TRAIN),
+    ("protocol.epochs", "2", "1 or more", "of training after each pruning step", TRAIN),
+    ("target.density", "0.1", "(0, 1]", "share that pruning keeps", TRAIN),
+    ("target.scope", "local", "local, global", "prune every layer to the density, or all together", TRAIN),
+    ("target.seed", "0", "0 or more", "of initialisation and training", TRAIN),
+    ("target.batch_size", "256", "1 or more", "images of a training step", TRAIN),
+    ("target.learning_rate", "0.01", "positive", "largest of a round", TRAIN),
+    ("target.weight_decay", "0.1", "0 or more", "AdamW's", TRAIN),
+    ("target.bound", "0.99", "positive, null", "parameters are kept within it", TRAIN),
+    ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", TICKET),
+    ("construction", "L+1", "2L, L+1", "two source layers for a target layer, or one", TICKET),
+    ("m", "15", "1 to 24", "base set size", TICKET),
+    ("epsilon", "0.01", "positive", "allowed error of one parameter", TICKET),
+    ("selection", "smallest", "smallest, best", "the smallest subset within epsilon, or the best", TICKET),
+    ("head", "keep", "keep, construct", "take the classifier from the target, or approximate it", TICKET),
+    ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", TICKET),
+    ("seed", "0", "0 to 2**64 - 1", "of the source network", TICKET),
+    ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
+    ("limit", "null", "1 or more", "evaluate a fixed random subset of the test images", ("eval",)),
+    ("data.root", "null", "DIR", "of the data; else LTX_DATA, else ~/.cache/ltx", ("train-target", "eval")),
+    ("device", "auto", "auto, cpu, cuda", "", ALL),
+    ("output_dir", "outputs", "DIR", "where artefacts go and are found", ALL),
+    ("use_reference", "true", "true, false", "use the targets kept in outputs/reference", ALL),
+    ("force", "false", "true, false", "do the work again although its result is there", ALL),
+    ("experiment", "null", "mnist_tables", "a ready-made sweep, with --multirun", TICKET),
+)
+
+
+def command_help(command: str, summary: str) -> str:
+    """The page of one command."""
+    rows = [(f"{key}={default}", values, text) for key, default, values, text, who in SETTINGS if command in who]
+    widths = [max(len(row[n]) for row in rows) for n in (0, 1)]
+    file = " [TICKET]" if command in FILE else ""
+    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join(
+        [
+            f"usage: ltx {command}{file} [KEY=VALUE ...] [--multirun KEY=A,B,C]",
+            "",
+            summary,
+            "",
+            "settings (with target=mnist), what they may be, and what they do:",
+            *lines,
+            "",
+            "--multirun runs every combination of listed values; --cfg job prints the resolved settings;",
+            "--info, --hydra-help and --experimental-rerun are Hydra's.",
+        ]
+    )
