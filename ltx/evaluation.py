@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx.data import Split
+from ltx.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def compare(target: nn.Module, ticket: nn.Module, split: Split) -> Comparison:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
     """The model's outputs in eval mode and float32, (N, classes), on the images' device."""
+    keep_freed_memory()
     with eval_mode(model):
         return torch.cat([model(batch) for batch in images.split(batch_size)])
 
