@@ -16,6 +16,12 @@ def _search_one(x, theta, stop):
     index = np.empty(m, np.int64)
     partial = np.empty(m + 1)  # partial[d]: sum of the first d chosen values
     partial[0] = 0.0
+    # the values from j on can add at most above[j] and at least below[j]; the slack is far more than rounding
+    above, below = np.zeros(m + 1), np.zeros(m + 1)
+    for j in range(m - 1, -1, -1):
+        above[j] = above[j + 1] + max(x[j], 0.0)
+        below[j] = below[j + 1] + min(x[j], 0.0)
+    slack = 1e-12 * (above[0] - below[0] + abs(theta))
     for size in range(1, m + 1):
         depth = 0  # indices index[0..depth-1] are fixed; the last one runs in the inner loop
         index[0] = -1
@@ -38,6 +44,9 @@ def _search_one(x, theta, stop):
                 depth -= 1
                 continue
             partial[depth + 1] = partial[depth] + x[index[depth]]
+            rest, missing = index[depth] + 1, theta - partial[depth + 1]
+            if missing - above[rest] > best_error + slack or below[rest] - missing > best_error + slack:
+                continue  # no subset that begins like this comes closer than the best one
             depth += 1
             index[depth] = index[depth - 1]
         if best_error <= stop:
