@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from ltx.errors import LtxError
+
 COMMANDS = {
     "train-target": ("train_target", "train a Synflow-pruned target network"),
     "construct": ("construct", "construct a lottery ticket for a target"),
@@ -108,7 +110,6 @@ def _hydra(command: str, overrides: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from ltx import config
-    from ltx.errors import LtxError
 
     config.register()
     failures: list[str] = []
@@ -152,7 +153,8 @@ def _line(error: BaseException) -> str:
     """An exception's message in one line, with its cause and without Hydra's hints on its own syntax."""
     useless = ("To append to your config", "Set the environment variable", "full_key:", "object_type=", "See https:",
                "Config search path:", "provider=", "reference_type=")  # fmt: skip
-    lines = [line.strip() for e in (error, error.__cause__) if e is not None for line in str(e).splitlines()]
+    cause = None if isinstance(error, LtxError) else error.__cause__  # Hydra's says which values are possible
+    lines = [line.strip() for e in (error, cause) if e is not None for line in str(e).splitlines()]
     kept = list(dict.fromkeys(line for line in lines if line and not line.startswith(useless)))
     return " ".join(kept) or type(error).__name__
 

@@ -35,7 +35,7 @@ def run(settings: Settings) -> Path:
         print(f"\n{table.title}\n\n{table.markdown}\n")
         for extension, text in (("csv", table.csv), ("md", table.markdown_page), ("tex", table.latex)):
             write_text(folder / f"table{number}{suffix}.{extension}", text)
-    write_text(folder / f"results{suffix}.csv", results.drop(columns=["settings"]).to_csv(index=False))
+    write_text(folder / f"results{suffix}.csv", results.drop(columns=["settings", "target"]).to_csv(index=False))
     return folder
 
 
