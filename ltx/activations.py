@@ -41,6 +41,11 @@ class Activation:
         """Whether m_+ = m_- and d = 0, so that one base set serves inputs of both signs (tanh, identity)."""
         return self.slope_pos == self.slope_neg and self.offset == 0
 
+    @property
+    def attributes(self) -> dict:
+        """What a ticket's node holds of it; `from_attributes` reads it."""
+        return {"function": self.name} | ({"negative_slope": self.slope_neg} if self.name == "leaky_relu" else {})
+
     def value(self, x: float) -> float:
         """phi(x) of a single number, computed in float64."""
         return float(self.fn(torch.tensor(x, dtype=torch.float64)))
@@ -107,3 +112,9 @@ def activation(name: str) -> Activation:
     if name not in ACTIVATIONS:
         raise LtxError(f"activation '{name}' is not known; there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def from_attributes(attributes: dict) -> Activation:
+    """The activation that a ticket's node names."""
+    slope = attributes.get("negative_slope")
+    return activation(attributes["function"]) if slope is None else leaky_relu(slope)

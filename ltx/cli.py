@@ -48,16 +48,15 @@ def run(arguments: list[str]) -> int:
     command, overrides = arguments[0], arguments[1:]
     if command not in COMMANDS:
         return _fail(f"unknown command '{command}'; there are {', '.join(COMMANDS)} (ltx --help)")
-    if command in POSITIONAL:
-        before = ["", *overrides]
-        overrides = [
-            a if b in _FLAGS_WITH_VALUE else _positional(POSITIONAL[command], a)
-            for b, a in zip(before, overrides, strict=False)
-        ]
-    for before, argument in zip(["", *overrides], overrides, strict=False):
-        if argument.startswith("-") and argument.split("=")[0] not in _FLAGS + _FLAGS_WITH_VALUE:
-            return _fail(f"unknown flag '{argument}'; settings are written KEY=VALUE (ltx {command} --help)")
-        if not argument.startswith("-") and not _OVERRIDE.match(argument) and before not in _FLAGS_WITH_VALUE:
+    for position, (before, argument) in enumerate(zip(["", *overrides], arguments[1:], strict=False)):
+        if before in _FLAGS_WITH_VALUE or _OVERRIDE.match(argument):
+            continue
+        if argument.startswith("-"):
+            if argument.split("=")[0] not in _FLAGS + _FLAGS_WITH_VALUE:
+                return _fail(f"unknown flag '{argument}'; settings are written KEY=VALUE (ltx {command} --help)")
+        elif command in POSITIONAL:
+            overrides[position] = _quoted(POSITIONAL[command], argument)
+        else:
             return _fail(f"'{argument}' is no setting; settings are written KEY=VALUE, e.g. m=15")
     if "--help" in overrides or "-h" in overrides:
         from ltx.help import command_help
@@ -85,12 +84,10 @@ def _usage() -> str:
     )
 
 
-def _positional(key: str, argument: str) -> str:
-    """`FILE` -> `key='FILE'`; overrides and flags stay as they are."""
-    if argument.startswith("-") or _OVERRIDE.match(argument):
-        return argument
-    quoted = argument.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{quoted}'"
+def _quoted(key: str, argument: str) -> str:
+    """`FILE` -> `key='FILE'`, whatever characters it has."""
+    escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def conf_dir() -> Path:

@@ -53,7 +53,6 @@ def write_json(path: Path, value: object) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose bytes depend on its content alone."""
-    from safetensors import SafetensorError
     from safetensors.torch import save
 
     data = save(
@@ -61,10 +60,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         metadata=dict(sorted(metadata.items())),
     )
     with replacing(path) as part:
-        try:
-            part.write_bytes(_canonical(data))
-        except SafetensorError as error:  # pragma: no cover - safetensors wraps some OS errors
-            raise OSError(str(error)) from error
+        part.write_bytes(_canonical(data))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; OSError or SafetensorError where it cannot be read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
 
 
 def _canonical(data: bytes) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ltx.activations import activation, leaky_relu
+from ltx.activations import from_attributes
 from ltx.sparse_conv import SparseConvolution
 from ltx.ticket import Ticket, TicketNode
 
@@ -74,9 +74,7 @@ class TicketNetwork(nn.Module):
         if node.op in ("layer", "given"):
             return self._apply_layer(node, x)
         if node.op == "activation":
-            name = node.attributes["function"]
-            slope = node.attributes.get("negative_slope")
-            return (activation(name) if slope is None else leaky_relu(slope)).fn(x)
+            return from_attributes(node.attributes).fn(x)
         if node.op == "flatten":
             return x.flatten(1)
         if node.op == "max_pool":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltx import source
 from ltx.errors import CheckpointError
-from ltx.files import write_tensors
+from ltx.files import read_tensors, write_tensors
 from ltx.liveness import read_channels
 from ltx.source import SourceLayer
 
@@ -143,12 +143,10 @@ class Ticket:
         path = Path(path)
         if not path.is_file():
             raise CheckpointError(f"ticket {path}: no such file; make one with: ltx construct")
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors, metadata = read_tensors(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"ticket {path}: cannot be read ({error}); is it whole?") from error
         if metadata.get("format") != FORMAT:

@@ -14,7 +14,7 @@ from ltx import synflow
 from ltx.data import Split
 from ltx.errors import CheckpointError
 from ltx.evaluation import accuracy
-from ltx.files import write_tensors
+from ltx.files import read_tensors, write_tensors
 from ltx.memory import keep_freed_memory
 from ltx.targets.masked import prunable
 
@@ -29,7 +29,7 @@ class Protocol:
     learning_rate: float = 4e-3
     weight_decay: float = 1e-4
     scope: str = "local"
-    bound: float | None = 1.0  # parameters are kept in [-bound, bound]: both theorems assume |theta| <= 1 - eps
+    bound: float | None = 0.99  # parameters are kept in [-bound, bound]: both theorems assume |theta| <= 1 - eps
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,10 @@ def _resume(model: nn.Module, checkpoint: Path, settings: str) -> int:
     """Load the checkpoint if there is one; the number of rounds that are done."""
     if not checkpoint.is_file():
         return 0
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(checkpoint, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        state, metadata = read_tensors(checkpoint)
     except SafetensorError as error:
         raise CheckpointError(f"{checkpoint}: damaged ({error}); remove it to start again") from error
     if metadata.get("settings") != settings:

@@ -177,8 +177,7 @@ class _Walk:
         target = node.layer
         assert target is not None
         slots, taps = stream.channels(target)
-        width = int(self.builder.slots[self.builder.layers[-1].name].shape[0])
-        weight = torch.zeros(len(target.weight), width, taps)
+        weight = torch.zeros(len(target.weight), self.builder.width, taps)
         there = slots[:, 0] >= 0
         weight[:, slots[there, 0]] = target.weight.view(len(target.weight), -1, taps)[:, there]
         self.builder.given[f"{node.name}.weight"] = weight.flatten(1)

@@ -87,8 +87,12 @@ class TicketBuilder:
         return name
 
     def add_activation(self, name: str, node: str, phi: Activation) -> str:
-        extra = {"negative_slope": phi.slope_neg} if phi.name == "leaky_relu" else {}
-        return self.add_node(name, "activation", (node,), function=phi.name, **extra)
+        return self.add_node(name, "activation", (node,), **phi.attributes)
+
+    @property
+    def width(self) -> int:
+        """Output channels of the last source layer."""
+        return self.layers[-1].shape[0]
 
     def add_layer(self, layer: SourceLayer, node: str, mask: Tensor, labels: Tensor) -> str:
         """Add a source layer that reads `node` and keeps `mask`; `labels` say what its rows stand for."""
@@ -97,18 +101,27 @@ class TicketBuilder:
         return self.add_node(layer.name, "layer", (node,), layer=layer.name)
 
     def approximate(
-        self, layer: SourceLayer, target: Layer, node: str, problems: list[Problems], bases: BaseSets,
-        outputs: Outputs, constant: Problems | None,
+        self, name: str, target: Layer, node: str, problems: list[Problems], bases: BaseSets,
+        outputs: Outputs, constant: Problems | None, *, taps: int, sigma: float, role: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Solve the rows of a source layer that approximates `target`, and add it.
+        """Solve the rows of a source layer that approximates `target` behind the last layer, and add it.
 
         Args:
+            taps: entries of a row that read one of its input channels.
+            sigma, role: of the source layer.
             constant: problems of a row that is constant before the activation; no problems where a fully
                 pruned row serves; None where no constant slots are wanted.
 
         Returns:
             slots (C_out, copies), constant slots (n,), and the constants' values before the activation (n,).
         """
+        linear = target.kind == "linear"
+        layer = SourceLayer(
+            name, len(self.layers), target.kind,
+            (0, self.width * taps) if linear else (0, self.width, *target.weight.shape[2:]), taps, sigma=sigma,
+            stride=target.stride, padding=target.padding, dilation=target.dilation,
+            opposite="columns" if bases.paired else "none", role=role, target=name,
+        )  # fmt: skip
         channel = outputs.read.nonzero().flatten()
         kinds = [*problems, *([] if constant is None else [constant])]
         count = 0 if constant is None else outputs.constants
@@ -184,17 +197,17 @@ def layer_scale(target: Layer, scaling: str) -> float:
     if scaling == "unit":
         return 1.0
     largest = max(float(target.weight.abs().max()), float(target.bias.abs().max()))
-    return float(np.nextafter(np.float32(max(1.0, largest)), np.float32(np.inf))) if largest > 1 else 1.0
+    return float(np.nextafter(np.float32(largest), np.float32(np.inf))) if largest > 1 else 1.0
 
 
 def constant_tap(target: Layer, name: str, taps: int, *, needed: bool) -> int:
     """The tap in which a constant channel is constant at every output position, borders included.
 
-    Args:
-        needed: whether anything reads a constant; 0 where nothing does.
-
     A tap at offset a * dilation - padding never reads the zero padding when padding <= a * dilation <=
     dilation * (kernel - 1) - padding: the centre tap of a "same" convolution, any tap without padding.
+
+    Args:
+        needed: whether anything reads a constant; 0 where nothing does.
     """
     if target.kind == "linear" or not needed:
         return 0

@@ -16,10 +16,9 @@ from ltx.constructions.builder import (
     constant_tap,
     layer_scale,
     target_problems,
-)  # fmt: skip
+)
 from ltx.constructions.rows import BaseSets
 from ltx.graph import Layer
-from ltx.source import SourceLayer
 
 
 def direct(
@@ -44,15 +43,9 @@ def direct(
         columns = torch.cat([columns, stream.constants[None, :m]])
         multipliers = torch.cat([multipliers, stream.constant_values[None, :m]])
     problems = target_problems(target, taps, epsilon, torch.arange(len(slots))[:, None], constant, tap)
-    width = int(builder.slots[builder.layers[-1].name].shape[0])
-    layer = SourceLayer(
-        name, len(builder.layers), target.kind,
-        (0, width * taps) if target.kind == "linear" else (0, width, *target.weight.shape[2:]), taps,
-        sigma=layer_scale(target, builder.plan.scaling), stride=target.stride, padding=target.padding,
-        dilation=target.dilation, role="direct", target=name,
-    )  # fmt: skip
     row, constants, values = builder.approximate(
-        layer, target, stream.node, problems, BaseSets(columns, multipliers), outputs,
+        name, target, stream.node, problems, BaseSets(columns, multipliers), outputs,
         constant_row(outputs, constant, tap, free=free_constants),
+        taps=taps, sigma=layer_scale(target, builder.plan.scaling), role="direct",
     )  # fmt: skip
     return Stream(name, row, constants, values, float("inf"), vector=target.kind == "linear")

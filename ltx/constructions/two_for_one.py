@@ -29,7 +29,7 @@ from ltx.constructions.builder import (
     constant_tap,
     layer_scale,
     target_problems,
-)  # fmt: skip
+)
 from ltx.constructions.rows import BaseSets
 from ltx.errors import ConstructionError
 from ltx.graph import Layer, above
@@ -63,7 +63,7 @@ def linear_scale(phi: Activation, law: PairLaw, bound: float, *, m: int, epsilon
 
     A parameter is a sum of at most m (with two base sets or opposite rows, 2 m) terms v phi(lambda x), |v| <=
     scale / (sigma gain). With a = sigma * bound and |phi - phi_hat| <= share * a on [-a, a], share = epsilon *
-    gain / (2 m scale), the parameter's contribution is off by at most epsilon * bound, whatever the subset:
+    gain / (terms * scale), the parameter's contribution is off by at most epsilon * bound, whatever the subset:
     linearisation at most doubles the error that epsilon allows. In practice it adds far less.
     """
     if phi.exact:
@@ -96,16 +96,10 @@ def two_for_one(
 
     tap = constant_tap(target, name, taps, needed=copies.biased)
     problems = target_problems(target, taps, plan.epsilon, copies.base, copies.constant, tap)
-    width = copies.width
-    layer = SourceLayer(
-        name, len(builder.layers), target.kind,
-        (0, width * taps) if target.kind == "linear" else (0, width, *target.weight.shape[2:]), taps,
-        sigma=float(np.float32(scale / (sigma * law.gain))), stride=target.stride, padding=target.padding,
-        dilation=target.dilation, opposite="columns" if law.opposite else "none", role="pair", target=name,
-    )  # fmt: skip
     row, constants, values = builder.approximate(
-        layer, target, copies.node, problems, copies.bases, outputs,
+        name, target, copies.node, problems, copies.bases, outputs,
         constant_row(outputs, copies.constant, tap, free=free_constants),
+        taps=taps, sigma=float(np.float32(scale / (sigma * law.gain))), role="pair",
     )  # fmt: skip
     weight = target.weight.abs().flatten(1).double()
     reach = (weight + 2 * plan.epsilon * above(weight, plan.epsilon)).sum(1) * max(stream.bound, 1.0)
@@ -116,7 +110,6 @@ def two_for_one(
 @dataclass(frozen=True)
 class _Copies:
     node: str  # what the second layer reads
-    width: int
     bases: BaseSets
     base: Tensor  # (C_in, n) base sets of each input channel
     constant: int  # base set of the constants
@@ -134,7 +127,7 @@ def _copy_layer(
     read = above(weight, epsilon).any(2).any(0).nonzero().flatten()
     biased = bool(above(target.bias, epsilon).any()) or (outputs.constants > 0)
     image = target.kind == "conv" or (stream.slots is not None and not stream.vector)
-    width = len(slots) if first else int(builder.slots[builder.layers[-1].name].shape[0])
+    width = len(slots) if first else builder.width
     layer = SourceLayer(
         f"{name}.copies", len(builder.layers), "conv" if image else "linear",
         (0, width, 1, 1) if image else (0, width), 1, sigma=sigma,
@@ -173,7 +166,7 @@ def _copy_layer(
         multipliers[-1] = phi.fn(before) - (phi.fn(-before) if law.opposite else 0.0)
     base = torch.zeros(len(slots), len(law.signs), dtype=torch.int64)
     base[read] = torch.arange(len(read) * len(law.signs)).view(-1, len(law.signs))
-    return _Copies(node, used, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1, biased)
+    return _Copies(node, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1, biased)
 
 
 def _match(

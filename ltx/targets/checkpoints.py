@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx.errors import CheckpointError
-from ltx.files import write_tensors
+from ltx.files import read_tensors, write_tensors
 
 FORMAT = "ltx-target/1"
 
@@ -71,11 +71,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    tensors, metadata = read_tensors(path)
     if "shapes" not in metadata:
         return tensors, metadata
     state = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx import source
-from ltx.activations import Activation, activation, leaky_relu
+from ltx.activations import from_attributes
 from ltx.graph import Graph, Layer
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD, Ticket, TicketNode
@@ -62,7 +62,7 @@ class Approximation:
         self.constants[node.name] = self.constants[before]
         self.range[node.name] = self.range[before]
         if node.op == "activation":
-            phi = _phi(node)
+            phi = from_attributes(node.attributes)
             self.constants[node.name] = phi.fn(self.constants[before])
             self.range[node.name] = phi.bounds(*self.range[before])
         if before in self.copies:
@@ -195,7 +195,7 @@ class Approximation:
         if before not in self.copies:
             return meaning, torch.ones(len(meaning), dtype=torch.float64), torch.zeros(len(meaning)), (0,)
         phi_node, copies = self.copies[before]
-        phi = _phi(phi_node)
+        phi = from_attributes(phi_node.attributes)
         rows, _, values = self.ticket.kept(copies.name)
         entry = torch.zeros(len(meaning), dtype=torch.float64)
         entry[rows] = values.double()
@@ -213,10 +213,11 @@ class Approximation:
         if node.inputs[0] not in self.copies:
             return
         phi_node, copies = self.copies[node.inputs[0]]
-        if _phi(phi_node).offset == 0:
+        phi = from_attributes(phi_node.attributes)
+        if phi.offset == 0:
             return
         if (copies.opposite, layer.opposite) != ("rows", "columns"):
-            yield f"layer {layer.name}: behind {_phi(phi_node).name} the pair must be initialised looks_linear"
+            yield f"layer {layer.name}: behind {phi.name} the pair must be initialised looks_linear"
         flat = rows * layer.row_size + offsets
         partner = flat + layer.taps * (1 - 2 * (offsets // layer.taps & 1))
         for entry in flat[~torch.isin(partner, flat)][:1].tolist():
@@ -231,7 +232,7 @@ class Approximation:
         if not math.isfinite(bound):
             return
         phi_node, copies = self.copies[node.inputs[0]]
-        phi = _phi(phi_node)
+        phi = from_attributes(phi_node.attributes)
         if phi.exact:
             return
         z = torch.linspace(-1, 1, 4001, dtype=torch.float64) * bound * copies.sigma
@@ -275,11 +276,6 @@ class Approximation:
         rows = torch.tensor(node.attributes["rows"])
         if not torch.equal(labels[rows], torch.arange(self.outputs)):
             yield "output: its rows do not stand for the target's outputs in their order"
-
-
-def _phi(node: TicketNode) -> Activation:
-    slope = node.attributes.get("negative_slope")
-    return activation(node.attributes["function"]) if slope is None else leaky_relu(slope)
 
 
 def _inner(target: Layer, layer: SourceLayer, tap: int) -> bool:
