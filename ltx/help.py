@@ -23,7 +23,7 @@ SETTINGS = (
     ("target.bound", "0.99", "positive, null", "parameters are kept within it", TRAIN),
     ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", TICKET),
     ("construction", "L+1", "2L, L+1", "two source layers for a target layer, or one", TICKET),
-    ("m", "15", "1 to 24", "base set size", TICKET),
+    ("m", "15", "1 to 32", "base set size", TICKET),
     ("epsilon", "0.01", "positive", "allowed error of one parameter", TICKET),
     ("selection", "smallest", "smallest, best", "the smallest subset within epsilon, or the best", TICKET),
     ("head", "keep", "keep, construct", "take the classifier from the target, or approximate it", TICKET),

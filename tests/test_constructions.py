@@ -276,7 +276,7 @@ def test_deviation_falls_with_every_epsilon_of_a_deep_chain(construction):
         ({"scaling": "max"}, "unit, layer_max"),
         ({"seed": -1}, "seed -1"),
         ({"input_range": (1.0, 0.0)}, "below the second"),
-        ({"base_set_size": 0}, "between 1 and 24"),
+        ({"base_set_size": 0}, "between 1 and 32"),
         ({"epsilon": 0.0}, "positive"),
     ],
 )

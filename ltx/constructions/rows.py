@@ -179,10 +179,9 @@ def _try_rows(layer, seed, problems, kinds, begin, bases, epsilon, selection, de
     weight = source.weights(layer, seed, rows.to(device), offsets.to(device))
     values = weight.double() * bases.multipliers[base].to(device)
     found = subset_sum.solve(values, theta.to(device), epsilon, selection=selection)
-    error, mask = torch.as_tensor(found.error).cpu(), torch.as_tensor(found.mask).cpu()
+    error, chosen = torch.as_tensor(found.error).cpu(), torch.as_tensor(found.members(offsets.shape[1])).cpu()
     failures = torch.bincount(which[error > epsilon], minlength=len(mine))
     good = failures == 0
-    chosen = (mask[:, None] >> torch.arange(offsets.shape[1])) & 1 == 1  # (P, m)
     sums = torch.zeros(len(mine), dtype=torch.float64)
     sums.index_add_(0, which, torch.where(chosen, values.cpu(), 0.0).sum(1))
     chosen &= good[which][:, None]

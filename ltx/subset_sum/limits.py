@@ -1,3 +1,3 @@
 """How large a base set the solvers take; apart, so that the command line can check it without loading them."""
 
-MAX_BASE_SET_SIZE = 24  # the exhaustive search of a problem without a solution looks at 2^m subsets
+MAX_BASE_SET_SIZE = 32  # a subset is a mask of 32 bits, a half has at most 2^15 sums

@@ -6,30 +6,43 @@ same subsets bit for bit, ties included.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from ltx.errors import LtxError
-from ltx.subset_sum import batched, compiled
+from ltx.subset_sum import by_size, halves
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
 
 SELECTIONS = ("smallest", "best")
+CHUNK = 1 << 14  # problems at a time: what is checked and converted is still in the cache when it is solved
+GPU_VALUES = 1 << 26  # the same on a GPU, where a problem has m values
+MOST_ENUMERATED = 10  # up to this m, `best` looks at all subsets in vectors; beyond, it meets in the middle
 
 
 @dataclass(frozen=True)
 class SubsetSums:
-    """The chosen subsets of n problems, numpy arrays or torch tensors as the problems were.
+    """The chosen subsets of n problems; numpy arrays, or torch tensors on the problems' device, as the problems were.
 
     Where no subset is within epsilon, `error` exceeds epsilon and the subset is the one of least error.
     """
 
-    mask: np.ndarray | Tensor  # (n,) int64: bit s is set when x_s is in the subset
+    mask: (
+        np.ndarray | Tensor
+    )  # (n,) unsigned: bit s is set where x_s is chosen; uint32, in torch int64 (it can't shift)
     size: np.ndarray | Tensor  # (n,) int64
     error: np.ndarray | Tensor  # (n,) float64: |sum_S x - theta|
+
+    def members(self, m: int) -> np.ndarray | Tensor:
+        """Which of the m values are in the subsets, (n, m) bool."""
+        if isinstance(self.mask, Tensor):
+            return (self.mask[:, None] >> torch.arange(m, device=self.mask.device)) & 1 == 1
+        return (self.mask[:, None] >> np.arange(m, dtype=np.uint32)) & 1 == 1
 
 
 def solve(
@@ -39,10 +52,10 @@ def solve(
     *,
     selection: str = "smallest",
 ) -> SubsetSums:
-    """Solve n subset-sum problems exactly.
+    """Solve n subset-sum problems exactly (Corollary 2.2; the SSAP of Algorithms 1 and 2).
 
     Args:
-        values: base sets x, (n, m), 1 <= m <= MAX_BASE_SET_SIZE; numpy or torch, on any device.
+        values: base sets x, (n, m), 1 <= m <= 32; numpy or torch, of any real type, on any device.
         targets: theta, (n,).
         epsilon: allowed error, positive.
         selection: `smallest` - the least size among the subsets within epsilon, among those the least error,
@@ -50,27 +63,117 @@ def solve(
             least size, then the lexicographically first. The empty subset serves |theta| <= epsilon in `smallest`
             and competes like any other in `best`.
 
+    Returns:
+        The same subsets on every device. An error is that of the float64 sum of the chosen values in ascending
+        order of their indices. Beyond the result, memory does not grow with n.
+
     Raises:
-        LtxError: wrong shapes, an unknown selection, an epsilon that is not positive, NaN or infinite entries.
+        LtxError: wrong shapes or types, an unknown selection, an epsilon that is not positive, an entry that is NaN or
+            infinite, or entries so large that a sum overflows.
     """
-    x, theta = torch.as_tensor(values), torch.as_tensor(targets)
-    if x.ndim != 2 or theta.ndim != 1 or len(x) != len(theta):
-        raise LtxError(f"subset sums: values {tuple(x.shape)} and targets {tuple(theta.shape)} must be (n, m), (n,)")
-    if not 1 <= x.shape[1] <= MAX_BASE_SET_SIZE:
-        raise LtxError(f"subset sums: a base set has {x.shape[1]} values, 1 to {MAX_BASE_SET_SIZE} are possible")
+    shape, targets_shape = tuple(np.shape(values)), tuple(np.shape(targets))
+    if len(shape) != 2 or targets_shape != shape[:1]:
+        raise LtxError(f"subset sums: values {shape} and targets {targets_shape} must be (n, m) and (n,)")
+    m = shape[1]
+    if not (_is_real(values) and _is_real(targets)):
+        raise LtxError("subset sums: values and targets must be real numbers")
+    if not 1 <= m <= MAX_BASE_SET_SIZE:
+        raise LtxError(f"subset sums: a base set has {m} values, 1 to {MAX_BASE_SET_SIZE} are possible")
     if selection not in SELECTIONS:
         raise LtxError(f"subset sums: selection '{selection}' is not known; there are {', '.join(SELECTIONS)}")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise LtxError(f"subset sums: epsilon={epsilon} must be a positive number")
-    if not (torch.isfinite(x).all() and torch.isfinite(theta).all()):
-        raise LtxError("subset sums: values and targets must be finite, some are NaN or infinite")
-    x, theta = x.double().contiguous(), theta.to(device=x.device, dtype=torch.float64).contiguous()
-    stop = epsilon if selection == "smallest" else -1.0  # an error that no subset reaches: look at all of them
-    if x.device.type == "cpu":
-        found = compiled.search(x.numpy(), theta.numpy(), stop)
-        mask, size, error = (torch.from_numpy(a) for a in found)
-    else:
-        mask, size, error = batched.search(x, theta, stop)
-    if isinstance(values, np.ndarray):
-        return SubsetSums(mask.numpy(), size.numpy(), error.numpy())
-    return SubsetSums(mask, size, error)
+    within = float(epsilon) if selection == "smallest" else -1.0  # an error that no subset reaches
+    if isinstance(values, Tensor) and values.device.type == "cuda" and importlib.util.find_spec("triton"):
+        return _on_gpu(values, torch.as_tensor(targets), within)
+    mask, size, error = _on_cpu(values, targets, within)
+    if not isinstance(values, Tensor):
+        return SubsetSums(mask, size, error)
+    return SubsetSums(*(torch.from_numpy(a).to(values.device) for a in (mask.astype(np.int64), size, error)))
+
+
+def _on_cpu(values, targets, within: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks, sizes and errors of the problems; within < 0 asks for the best of all subsets."""
+    n, m = values.shape
+    mask, size, error = np.empty(n, np.uint32), np.empty(n, np.int64), np.empty(n)
+    sizes = _enumerated_sizes(m, every=within < 0)
+    for begin in range(0, n, CHUNK):
+        part = slice(begin, begin + CHUNK)
+        x, theta = _float64(values[part]), _float64(targets[part])
+        if (bad := _first_not_finite(x, theta)) < len(theta):
+            raise LtxError(f"subset sums: {_what_is_not_finite(x[bad], theta[bad], begin + bad)}")
+        by_size.search(x, theta, within, sizes, mask[part], size[part], error[part])
+        if sizes < m:
+            hard = np.flatnonzero(error[part] > within)
+            halves.improve(x, theta, hard, sizes, within, mask[part], size[part], error[part])
+    return mask, size, error
+
+
+def _on_gpu(values: Tensor, targets: Tensor, within: float) -> SubsetSums:
+    """The same on a GPU; what is too large for it (some problems with m > 20) meets in the middle on the CPU."""
+    from ltx.subset_sum import gpu
+
+    m = values.shape[1]
+    parts = []
+    for begin in range(0, max(1, len(values)), GPU_VALUES // m):
+        part = slice(begin, begin + GPU_VALUES // m)
+        x, theta = values[part].double(), targets[part].to(values.device, torch.float64)
+        total = x.abs().sum(1) + theta.abs()
+        if not bool(torch.isfinite(total).all()):
+            bad = int((~torch.isfinite(total)).nonzero()[0])
+            raise LtxError(f"subset sums: {_what_is_not_finite(_float64(x[bad]), float(theta[bad]), begin + bad)}")
+        mask, size, error, looked = gpu.search(x, theta, within)
+        if looked < m:
+            hard = (error > within).nonzero().flatten()
+            masks, sizes, errors = (t[hard].cpu().numpy() for t in (mask, size, error))
+            masks = masks.astype(np.uint32)
+            halves.improve(
+                _float64(x[hard]), _float64(theta[hard]), np.arange(len(hard)), looked, within, masks, sizes, errors
+            )
+            solved = (masks.astype(np.int64), sizes, errors)
+            mask[hard], size[hard], error[hard] = (torch.from_numpy(a).to(mask.device) for a in solved)
+        parts.append((mask, size, error))
+    return SubsetSums(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+
+def _enumerated_sizes(m: int, *, every: bool) -> int:
+    """Up to which size enumeration is quicker than meeting in the middle (measured)."""
+    if every:
+        return m if m <= MOST_ENUMERATED else 0
+    size = 1
+    while size < m and math.comb(m, size + 1) <= 8 * 2 ** (m / 2):
+        size += 1
+    return size
+
+
+def _is_real(array: np.ndarray | Tensor) -> bool:
+    if isinstance(array, Tensor):
+        return not array.is_complex()
+    return np.asarray(array).dtype.kind in "fiub"
+
+
+def _float64(array: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().double().numpy()
+    return np.ascontiguousarray(array, np.float64)
+
+
+@numba.njit(cache=True, parallel=True)
+def _first_not_finite(x, theta):
+    """The first problem with an entry that is not finite, or with a sum that may not be; n where there is none."""
+    first = len(theta)
+    for p in numba.prange(len(theta)):
+        total = abs(theta[p])
+        for s in range(x.shape[1]):
+            total += abs(x[p, s])
+        if not np.isfinite(total):
+            first = min(first, p)
+    return first
+
+
+def _what_is_not_finite(x: np.ndarray, theta: float, problem: int) -> str:
+    if not math.isfinite(theta):
+        return f"targets[{problem}] is {theta}, it must be finite"
+    for s in np.flatnonzero(~np.isfinite(x)):
+        return f"values[{problem}, {s}] is {x[s]}, it must be finite"
+    return f"the values of problem {problem} are so large that their sum overflows float64; scale them down"

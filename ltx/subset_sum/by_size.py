@@ -1,0 +1,124 @@
+"""Subsets by ascending size, many problems side by side: CPU, compiled, parallel.
+
+All problems of a group look at the same subset at the same time, each in a lane of its own, so that the inner
+loop is vector code without a branch. Problems that are solved leave; the others of a block close ranks before the
+next size. The subsets of one size are visited in lexicographic order and a sum is formed in ascending order of its
+indices, so the first of several equal errors is the one that the specification asks for. The inner loop keeps the
+least error only; which last index it was is found again at the end.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+LANES = 64  # problems side by side
+BLOCK = 1024  # problems whose solved ones leave together
+
+
+@numba.njit(cache=True)
+def _one_size(x, theta, m, size, sums, index, least, error, prefix):
+    """Enter the least error over all subsets of `size` where it beats `error`, and that subset without its last index.
+
+    x (m, LANES), theta (LANES,); sums (m + 1, LANES), index (m,) and least (LANES,) are scratch.
+    """
+    last = size - 1  # the last index runs in the inner loop, those before it are index[:last]
+    for d in range(last):
+        index[d] = d
+    valid = 0  # sums[:valid + 1] belong to index[:valid]
+    while True:
+        for d in range(valid, last):
+            i = index[d]
+            for lane in range(LANES):
+                sums[d + 1, lane] = sums[d, lane] + x[i, lane]
+        first = index[last - 1] + 1 if last > 0 else 0
+        for lane in range(LANES):
+            least[lane] = abs(sums[last, lane] + x[first, lane] - theta[lane])
+        for j in range(first + 1, m):
+            for lane in range(LANES):
+                e = abs(sums[last, lane] + x[j, lane] - theta[lane])
+                least[lane] = e if e < least[lane] else least[lane]
+        code = 0
+        for d in range(last):
+            code |= 1 << index[d]
+        for lane in range(LANES):
+            better = least[lane] < error[lane]
+            error[lane] = least[lane] if better else error[lane]
+            prefix[lane] = code if better else prefix[lane]
+        d = last - 1
+        while d >= 0 and index[d] == m - size + d:
+            d -= 1
+        if d < 0:
+            return
+        index[d] += 1
+        for later in range(d + 1, last):
+            index[later] = index[later - 1] + 1
+        valid = d
+
+
+@numba.njit(cache=True)
+def _last_index(x, theta, prefix, error):
+    """The first index behind those of `prefix` whose sum has exactly this error."""
+    total, s = 0.0, 0
+    while prefix >> s:
+        if prefix >> s & 1:
+            total += x[s]
+        s += 1
+    while s < len(x) - 1 and abs(total + x[s] - theta) != error:  # the same additions: one of them is equal
+        s += 1
+    return s
+
+
+@numba.njit(cache=True, parallel=True)
+def search(values, targets, epsilon, sizes, mask, size, error):
+    """The least size that has a subset within epsilon and its best one, else the best of all sizes looked at.
+
+    Args:
+        values, targets: (n, m) and (n,) float64.
+        epsilon: allowed error; negative where all sizes are to be looked at.
+        sizes: the largest size to look at.
+        mask, size, error: (n,) uint32, int64 and float64, filled in.
+    """
+    n, m = values.shape
+    for block in numba.prange((n + BLOCK - 1) // BLOCK):
+        begin, end = block * BLOCK, min(n, (block + 1) * BLOCK)
+        open_, count = np.empty(end - begin, np.int64), 0
+        for p in range(begin, end):
+            mask[p], size[p], error[p] = 0, 0, abs(targets[p])
+            if error[p] > epsilon:
+                open_[count] = p
+                count += 1
+        x, theta = np.zeros((m, LANES)), np.zeros(LANES)
+        sums, least = np.zeros((m + 1, LANES)), np.empty(LANES)
+        err, prefix, index = np.zeros(LANES), np.empty(LANES, np.int64), np.empty(m, np.int64)
+        k = 1
+        while k <= sizes and count > 0:
+            together = 2 if k == 1 and sizes > 1 else 1  # few are solved by one value: two sizes before closing ranks
+            still = 0
+            for group in range(0, count, LANES):
+                lanes = min(LANES, count - group)
+                for lane in range(lanes):
+                    p = open_[group + lane]
+                    theta[lane] = targets[p]
+                    err[lane] = error[p]
+                    for s in range(m):
+                        x[s, lane] = values[p, s]
+                for now in range(k, k + together):
+                    prefix[:] = -1
+                    _one_size(x, theta, m, now, sums, index, least, err, prefix)
+                    for lane in range(lanes):
+                        if prefix[lane] >= 0:
+                            p = open_[group + lane]
+                            mask[p], size[p], error[p] = prefix[lane], now, err[lane]
+                            if err[lane] <= epsilon:
+                                err[lane] = -1.0  # solved: no error is less
+                for lane in range(lanes):
+                    p = open_[group + lane]
+                    if error[p] > epsilon:
+                        open_[still] = p
+                        still += 1
+            count = still
+            k += together
+        for p in range(begin, end):
+            if size[p] > 0:
+                mask[p] |= np.uint32(1 << _last_index(values[p], targets[p], mask[p], error[p]))

@@ -1,0 +1,115 @@
+"""Subsets by ascending size on a GPU: one problem per thread, a Triton kernel for each size.
+
+The kernel forms the same float64 sums in the same order as `by_size`, and visits the subsets of a size in the same
+order, so that it chooses the same subsets. Problems that are solved leave before the next size.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = 1 << 18  # subsets of one size that are still looked at here: all sizes up to m = 20
+THREADS = 128  # problems of one program
+PROGRAMS = 4096  # at least so many programs are made, by sharing the subsets of a problem out, where it pays
+
+
+@triton.jit
+def _one_size(values, targets, least, chosen, prefixes, n, m, size, count, share, THREADS: tl.constexpr):
+    """Least error over the subsets of `size` of each problem, and the first of them, for one share of the prefixes.
+
+    values (m, n), targets (n,); least and chosen (shares, n); prefixes (count, size - 1): all subsets without their
+    last index, in lexicographic order.
+    """
+    problem = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
+    there = problem < n
+    theta = tl.load(targets + problem, mask=there, other=0.0)
+    best = tl.full((THREADS,), float("inf"), tl.float64)
+    code = tl.zeros((THREADS,), tl.int64)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, count)
+    for p in range(begin, end):
+        total = tl.zeros((THREADS,), tl.float64)
+        bits = tl.full((), 0, tl.int64)
+        first = tl.full((), 0, tl.int32)
+        for d in range(size - 1):
+            index = tl.load(prefixes + p * (size - 1) + d)
+            total += tl.load(values + index * n + problem, mask=there, other=0.0)
+            bits |= tl.full((), 1, tl.int64) << index
+            first = index + 1
+        for j in range(first, m):
+            error = tl.abs(total + tl.load(values + j * n + problem, mask=there, other=0.0) - theta)
+            better = error < best
+            best = tl.where(better, error, best)
+            code = tl.where(better, bits | (tl.full((), 1, tl.int64) << j), code)
+    out = tl.program_id(1) * n + problem
+    tl.store(least + out, best, mask=there)
+    tl.store(chosen + out, code, mask=there)
+
+
+@lru_cache(maxsize=64)
+def _prefixes(m: int, size: int, device: str) -> Tensor:
+    """The subsets of `size` of m indices without their last index, each once, in lexicographic order."""
+    rows = list(combinations(range(m - 1), size - 1))
+    return torch.from_numpy(np.array(rows, dtype=np.int32).reshape(len(rows), size - 1)).to(device)
+
+
+def search(values: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The least size that has a subset within epsilon and its best one, else the best of all sizes looked at.
+
+    Args:
+        values, targets: (n, m) and (n,) float64 on the device.
+        epsilon: allowed error; negative where all sizes are to be looked at.
+
+    Returns:
+        mask, size (n,) int64, error (n,) float64, and the largest size that was looked at.
+    """
+    n, m = values.shape
+    mask = torch.zeros(n, dtype=torch.int64, device=values.device)
+    size, error = mask.clone(), targets.abs()
+    open_ = (error > epsilon).nonzero().flatten()
+    looked = 0
+    while len(open_) and looked < m and math.comb(m, looked + 1) <= LARGEST:
+        looked += 1
+        least, chosen = _search_size(values[open_].t().contiguous(), targets[open_], looked)
+        better = least < error[open_]
+        where = open_[better]
+        mask[where], size[where], error[where] = chosen[better], looked, least[better]
+        open_ = open_[error[open_] > epsilon]
+    return mask, size, error, looked if len(open_) else m
+
+
+def _search_size(values: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Least error (n,) and the first subset that has it, over the subsets of `size` of values (m, n)."""
+    m, n = values.shape
+    prefixes = _prefixes(m, size, str(values.device))
+    programs = triton.cdiv(n, THREADS)
+    shares = max(1, min(PROGRAMS // programs, len(prefixes) // 32))
+    share = triton.cdiv(len(prefixes), shares)
+    shares = triton.cdiv(len(prefixes), share)
+    least = torch.empty(shares, n, dtype=torch.float64, device=values.device)
+    chosen = torch.empty(shares, n, dtype=torch.int64, device=values.device)
+    with torch.cuda.device_of(values):
+        _one_size[(programs, shares)](
+            values,
+            targets,
+            least,
+            chosen,
+            prefixes,
+            n,
+            m,
+            size,
+            len(prefixes),
+            share,
+            THREADS=THREADS,
+            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - an option of the launch
+        )
+    first = least.argmin(0, keepdim=True)  # the first of several: the shares are in lexicographic order
+    return least.gather(0, first)[0], chosen.gather(0, first)[0]

@@ -1,0 +1,241 @@
+"""Meet in the middle for single hard problems, after Horowitz and Sahni (1974): CPU, compiled, parallel.
+
+The last two values are pivots; the others are split into two halves whose subset sums are sorted by merging. For
+each of the four choices of pivots a staircase sweep over both lists passes the pair whose sum is closest to what
+is missing. The four sweeps run side by side, because each step of one waits for the step before.
+
+Sums that are formed half by half differ from those of the specification (ascending indices) in their rounding.
+They only nominate: where errors come within rounding of each other, the sums are formed again in the right order
+and compared exactly, ties included.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+LEAST = 4  # values that a problem must have: two pivots and one for each half
+CHUNK = 8  # problems that share their scratch
+_UNIT = 2.0**-53
+
+
+@numba.njit(cache=True)
+def _count(mask):
+    count = 0
+    while mask:
+        mask &= mask - 1
+        count += 1
+    return count
+
+
+@numba.njit(cache=True)
+def _precedes(a, b):
+    """Whether subset a comes before b: fewer elements, then the lexicographically first."""
+    more = _count(a) - _count(b)
+    lowest = (a ^ b) & -(a ^ b)
+    return more < 0 or (more == 0 and (a & lowest) != 0)
+
+
+@numba.njit(cache=True)
+def _better(x, theta, candidate, mask, error):
+    """The better one of `candidate` and the subset `mask` of that error, compared exactly."""
+    total = 0.0
+    for s in range(len(x)):
+        if candidate >> s & 1:
+            total += x[s]
+    e = abs(total - theta)
+    if e < error or (e == error and _precedes(candidate, mask)):
+        return candidate, e
+    return mask, error
+
+
+@numba.njit(cache=True)
+def _sorted_sums(x, begin, end, sums, masks, other_sums, other_masks):
+    """The subset sums of x[begin:end] in ascending order and their masks, in two of the four arrays given.
+
+    A merge fills its output from both ends at once: two chains of dependent steps instead of one, and no bounds
+    to check. Zeros are left out, since no subset of least size has one.
+    """
+    sums[0], masks[0] = 0.0, 0
+    n = 1
+    for s in range(begin, end):
+        if x[s] == 0.0:
+            continue
+        bit = np.int64(1) << s
+        i, j, up, above = np.int64(0), np.int64(0), np.int64(n - 1), np.int64(n - 1)
+        for o in range(n):
+            a, b = sums[i], sums[j] + x[s]
+            without = np.int64(a <= b)
+            other_sums[o] = min(a, b)
+            other_masks[o] = (masks[i] & -without) | ((masks[j] | bit) & (without - 1))
+            i += without
+            j += 1 - without
+            a, b = sums[up], sums[above] + x[s]
+            without = np.int64(a > b)
+            other_sums[2 * n - 1 - o] = max(a, b)
+            other_masks[2 * n - 1 - o] = (masks[up] & -without) | ((masks[above] | bit) & (without - 1))
+            up -= without
+            above -= 1 - without
+        sums, other_sums, masks, other_masks = other_sums, sums, other_masks, masks
+        n *= 2
+    return sums[:n], masks[:n]
+
+
+@numba.njit(cache=True, fastmath={"nnan"})
+def _least_gap(sums):
+    gap = np.inf
+    for i in range(len(sums) - 1):
+        d = sums[i + 1] - sums[i]
+        gap = d if d < gap else gap
+    return gap
+
+
+@numba.njit(cache=True)
+def _four_sweeps(x, theta, missing, given, slack, left, left_masks, right, right_masks, mask, error):
+    """The best of the subset `mask` and of the pairs that four sweeps pass, a step of each in turn.
+
+    Sweep c looks for pairs whose sum is close to missing[c]; its subsets have the bits given[c] as well. It passes
+    all pairs within slack of the least error where neighbours in either list lie further apart than that.
+    left[-1] = inf and right[0] = -inf are sentinels: with them, every sweep takes the same number of steps.
+    """
+    nominee, close = mask, error  # the closest one so far, by its approximate error; compared exactly at the end
+    limit = close + slack
+    m0, m1, m2, m3 = missing[0], missing[1], missing[2], missing[3]
+    i0 = i1 = i2 = i3 = 0
+    j0 = j1 = j2 = j3 = len(right) - 1
+    for _ in range(len(left) + len(right) - 2):
+        s0, s1 = left[i0] + right[j0] - m0, left[i1] + right[j1] - m1
+        s2, s3 = left[i2] + right[j2] - m2, left[i3] + right[j3] - m3
+        if min(min(abs(s0), abs(s1)), min(abs(s2), abs(s3))) <= limit:
+            for c, s, i, j in ((0, s0, i0, j0), (1, s1, i1, j1), (2, s2, i2, j2), (3, s3, i3, j3)):
+                if abs(s) > limit:
+                    continue
+                candidate = left_masks[i] | right_masks[j - 1] | given[c]
+                if abs(s) < close - slack:  # better whatever the rounding
+                    nominee, close = candidate, abs(s)
+                else:
+                    mask, error = _better(x, theta, nominee, mask, error)
+                    nominee, close = candidate, min(close, abs(s))
+                limit = close + slack
+        d0, d1, d2, d3 = np.int64(s0 > 0), np.int64(s1 > 0), np.int64(s2 > 0), np.int64(s3 > 0)
+        j0, j1, j2, j3 = j0 - d0, j1 - d1, j2 - d2, j3 - d3
+        i0, i1, i2, i3 = i0 + 1 - d0, i1 + 1 - d1, i2 + 1 - d2, i3 + 1 - d3
+    return _better(x, theta, nominee, mask, error)
+
+
+@numba.njit(cache=True)
+def _all_close(x, theta, missing, given, slack, left, left_masks, right, right_masks, mask, error):
+    """The best of the subset `mask` and of all pairs that could be as good, neighbours of equal sums included."""
+    low = high = len(right)
+    for i in range(len(left)):
+        rest, limit = missing - left[i], error + slack  # both only fall
+        while low > 0 and right[low - 1] - rest >= -limit:
+            low -= 1
+        while high > 0 and right[high - 1] - rest > limit:
+            high -= 1
+        for j in range(low, high):
+            if abs(left[i] + right[j] - missing) <= error + slack:
+                mask, error = _better(x, theta, left_masks[i] | right_masks[j] | given, mask, error)
+    return mask, error
+
+
+@numba.njit(cache=True)
+def _distinct(sums, masks):
+    """One subset for each of the sums of the first half: the one that precedes the others.
+
+    These sums begin the sums of the specification, so subsets with the same one are worth the same.
+    """
+    n = 0
+    for i in range(1, len(sums)):
+        if sums[i] != sums[n]:
+            n += 1
+            sums[n], masks[n] = sums[i], masks[i]
+        elif _precedes(masks[i], masks[n]):
+            masks[n] = masks[i]
+    return sums[: n + 1], masks[: n + 1]
+
+
+@numba.njit(cache=True)
+def _by_size(sums, masks, grouped, grouped_masks, start):
+    """Copy the sums, size by size and ascending within: size a takes grouped[start[a] : start[a + 1]]."""
+    start[:] = 0
+    for i in range(len(sums)):
+        start[_count(masks[i]) + 1] += 1
+    for a in range(1, len(start)):
+        start[a] += start[a - 1]
+    free = start.copy()
+    for i in range(len(sums)):
+        a = _count(masks[i])
+        grouped[free[a]], grouped_masks[free[a]] = sums[i], masks[i]
+        free[a] += 1
+
+
+@numba.njit(cache=True, parallel=True)
+def improve(values, targets, which, sizes, epsilon, mask, size, error):
+    """Replace the solutions of the problems `which` by better ones, over subsets of all sizes.
+
+    Args:
+        values, targets: (n, m) and (n,) float64, m >= LEAST.
+        which: (hard,) int64, the problems to look at.
+        sizes: no subset of this size or below is within epsilon.
+        epsilon: where a subset is within epsilon, the best one of the least such size is taken, else the best of
+            all; negative for the best of all.
+        mask, size, error: (n,) int64, int64, float64; hold a subset and its error for each problem, and are changed.
+    """
+    m = values.shape[1]
+    half = (m - 2) // 2
+    room = 1 << (m - 2 - half)
+    for chunk in numba.prange((len(which) + CHUNK - 1) // CHUNK):
+        scratch, scratch_masks = np.empty((4, room)), np.empty((4, room), np.int64)
+        fenced_left, fenced_right = np.empty(room + 1), np.empty(room + 1)
+        missing, given = np.empty(4), np.empty(4, np.int64)
+        left_start, right_start = np.empty(half + 2, np.int64), np.empty(m - half, np.int64)
+        for hard in range(chunk * CHUNK, min(len(which), (chunk + 1) * CHUNK)):
+            p = which[hard]
+            x, theta, best, least = values[p], targets[p], np.int64(mask[p]), error[p]
+            total = abs(theta)
+            for s in range(m):
+                total += abs(x[s])
+            slack = 4 * (m + 2) * _UNIT * total  # twice what rounding can make of a sum in another order
+            for c in range(4):
+                missing[c], given[c] = theta, 0
+                for s in (m - 2, m - 1):
+                    if c >> (s - m + 2) & 1:
+                        missing[c] -= x[s]
+                        given[c] |= 1 << s
+            left, left_masks = _sorted_sums(x, 0, half, scratch[0], scratch_masks[0], scratch[1], scratch_masks[1])
+            right, right_masks = _sorted_sums(
+                x, half, m - 2, scratch[2], scratch_masks[2], scratch[3], scratch_masks[3]
+            )
+            nl, nr = len(left), len(right)
+            fenced_left[:nl], fenced_left[nl] = left, np.inf
+            fenced_right[0], fenced_right[1 : nr + 1] = -np.inf, right
+            best, least = _four_sweeps(
+                x, theta, missing, given, slack, fenced_left[: nl + 1], left_masks, fenced_right[: nr + 1],
+                right_masks, best, least,
+            )  # fmt: skip
+            if min(_least_gap(left), _least_gap(right)) <= 4 * slack:
+                left, left_masks = _distinct(left, left_masks)
+                for c in range(4):
+                    best, least = _all_close(
+                        x, theta, missing[c], given[c], slack, left, left_masks, right, right_masks, best, least
+                    )
+            if least <= epsilon:  # some subset is within epsilon: now the least size
+                ls, lm, rs, rm = np.empty(room), np.empty(room, np.int64), np.empty(room), np.empty(room, np.int64)
+                _by_size(left, left_masks, ls, lm, left_start)
+                _by_size(right, right_masks, rs, rm, right_start)
+                for k in range(sizes + 1, _count(best) + 1):
+                    found, within = np.int64(-1), np.nextafter(epsilon, np.inf)
+                    for c in range(4):
+                        rest = k - _count(given[c])
+                        for a in range(max(0, rest - (m - 2 - half)), min(half, rest) + 1):
+                            l0, l1 = left_start[a], left_start[a + 1]
+                            r0, r1 = right_start[rest - a], right_start[rest - a + 1]
+                            found, within = _all_close(
+                                x, theta, missing[c], given[c], slack, ls[l0:l1], lm[l0:l1], rs[r0:r1], rm[r0:r1],
+                                found, within,
+                            )  # fmt: skip
+                    if within <= epsilon:
+                        best, least = found, within
+                        break
+            mask[p], size[p], error[p] = best, _count(best), least
