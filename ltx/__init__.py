@@ -4,6 +4,8 @@ import ltx
 ticket = ltx.construct(model, construction="L+1", base_set_size=15, epsilon=0.01, seed=0)
 ticket.save("ticket.safetensors")
 network = ticket.to_module()
+
+found = ltx.subset_sum.solve(values, targets, 0.01)  # the engine on its own
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ltx import subset_sum
     from ltx.constructions import construct
     from ltx.errors import LtxError
     from ltx.ticket import Ticket
     from ltx.verification import verify
 
-__all__ = ["LtxError", "Ticket", "construct", "verify"]
+__all__ = ["LtxError", "Ticket", "construct", "subset_sum", "verify"]
 
 _WHERE = {
     "construct": "ltx.constructions", "LtxError": "ltx.errors", "Ticket": "ltx.ticket",
@@ -28,8 +31,10 @@ _WHERE = {
 
 def __getattr__(name: str):
     """Import the public names on first use, so that `ltx --help` need not wait for torch."""
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module 'ltx' has no attribute '{name}'")
     import importlib
 
+    if name == "subset_sum":
+        return importlib.import_module("ltx.subset_sum")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -11,11 +11,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ltx.errors import LtxError
-from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
+from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 
 # Hydra matches enums by name, and these names are no identifiers
 Construction = Enum("Construction", {"2L": "2L", "L+1": "L+1"})
 Selection = Enum("Selection", {"smallest": "smallest", "best": "best"})
+Law = Enum("Law", {"uniform": "uniform", "product": "product", "normal": "normal"})
 Head = Enum("Head", {"keep": "keep", "construct": "construct"})
 Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
 Scope = Enum("Scope", {"local": "local", "global": "global"})
@@ -75,6 +76,9 @@ class Settings:
     selection: Selection = Selection.smallest  # type: ignore[attr-defined]
     head: Head = Head.keep  # type: ignore[attr-defined]
     scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
+    law: Law = Law.uniform  # type: ignore[attr-defined]
+    problems: int = 100_000
+    seconds: float = 2.0
     seed: int = 0
     device: Device = Device.auto  # type: ignore[attr-defined]
     output_dir: str = "outputs"
@@ -92,6 +96,11 @@ class Settings:
             math.isfinite(self.epsilon) and self.epsilon > 0,
             f"epsilon={self.epsilon}: the allowed error must be a positive number, e.g. epsilon=0.01",
         )
+        _require(
+            2 <= self.problems <= MAX_PROBLEMS,
+            f"problems={self.problems}: must lie between 2 and {MAX_PROBLEMS}; several seeds give more",
+        )
+        _require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be a positive number")
         _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")
         _require(self.limit is None or self.limit >= 1, f"limit={self.limit}: must be at least 1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 ALL = ("train-target", "construct", "eval", "verify", "tables")
 TRAIN = ("train-target",)
 TICKET = ("construct", "eval", "verify", "tables")
+SUMS = ("subset-sum", "figures", "bench")
 FILE = ("eval", "verify")
 
 # key, default, values, meaning, commands that look at it
@@ -23,19 +24,28 @@ SETTINGS = (
     ("target.bound", "0.99", "positive, null", "parameters are kept within it", TRAIN),
     ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", TICKET),
     ("construction", "L+1", "2L, L+1", "two source layers for a target layer, or one", TICKET),
-    ("m", "15", "1 to 32", "base set size", TICKET),
-    ("epsilon", "0.01", "positive", "allowed error of one parameter", TICKET),
-    ("selection", "smallest", "smallest, best", "the smallest subset within epsilon, or the best", TICKET),
+    ("law", "uniform", "uniform, product, normal", "of the base sets", ("subset-sum", "bench")),
+    ("m", "15", "1 to 32", "base set size", (*TICKET, "subset-sum", "figures")),
+    ("epsilon", "0.01", "positive", "allowed error of one parameter", (*TICKET, *SUMS)),
+    (
+        "selection",
+        "smallest",
+        "smallest, best",
+        "the smallest subset within epsilon, or the best",
+        (*TICKET, "subset-sum"),
+    ),
+    ("problems", "100000", "2 to 10**8", "random problems", ("subset-sum", "figures")),
+    ("seconds", "2", "positive", "how long to measure each solver at each m", ("bench",)),
     ("head", "keep", "keep, construct", "take the classifier from the target, or approximate it", TICKET),
     ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", TICKET),
-    ("seed", "0", "0 to 2**64 - 1", "of the source network", TICKET),
+    ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*TICKET, *SUMS)),
     ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
     ("limit", "null", "1 or more", "evaluate a fixed random subset of the test images", ("eval",)),
     ("data.root", "null", "DIR", "of the data; else LTX_DATA, else ~/.cache/ltx", ("train-target", "eval")),
-    ("device", "auto", "auto, cpu, cuda", "", ALL),
-    ("output_dir", "outputs", "DIR", "where artefacts go and are found", ALL),
+    ("device", "auto", "auto, cpu, cuda", "", (*ALL, *SUMS)),
+    ("output_dir", "outputs", "DIR", "where artefacts go and are found", (*ALL, *SUMS)),
     ("use_reference", "true", "true, false", "use the targets kept in outputs/reference", ALL),
-    ("force", "false", "true, false", "do the work again although its result is there", ALL),
+    ("force", "false", "true, false", "do the work again although its result is there", (*ALL, "subset-sum")),
     ("experiment", "null", "mnist_tables", "a ready-made sweep, with --multirun", TICKET),
 )
 

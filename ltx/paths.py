@@ -33,3 +33,10 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
         f"-seed{s.seed}"
     )
     return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"
+
+
+def statistics_file(settings: Settings) -> Path:
+    """The statistics of random subset-sum problems that `ltx subset-sum` writes with these settings."""
+    s = settings
+    name = f"{s.law.value}-{s.selection.value}-m{s.m}-eps{s.epsilon!r}-n{s.problems}-seed{s.seed}"
+    return Path(s.output_dir) / "subset_sum" / name / "statistics.json"

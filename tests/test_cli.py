@@ -13,7 +13,7 @@ from conftest import ROOT, small_cnn
 
 from ltx import Ticket, cli
 from ltx.files import write_tensors
-from ltx.help import SETTINGS
+from ltx.help import SETTINGS, SUMS
 
 SMOKE = ("target=digits", "protocol=smoke", "device=cpu")
 
@@ -56,8 +56,10 @@ def test_version(ltx):
 def test_command_help_lists_the_settings(command, ltx):
     status, out, _ = ltx(command, "--help")
     assert status == 0
-    assert "activation=relu" in out
-    assert "leaky_relu, tanh, sigmoid" in out
+    of_targets = command not in SUMS
+    assert ("activation=relu" in out) == of_targets
+    assert ("epsilon=0.01" in out) == (command != "train-target")
+    assert "output_dir=outputs" in out
 
 
 def test_help_states_the_settings_as_they_are(ltx):
@@ -203,6 +205,11 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
         (["eval", "/nowhere/t.safetensors"], "no such file"),
         (["verify", "/nowhere/t.safetensors"], "no such file"),
         (["tables", "target=digits", "m=3"], "no results below"),
+        (["subset-sum", "law=cauchy"], "expected one of [uniform, product, normal]"),
+        (["subset-sum", "problems=1"], "between 2 and 100000000"),
+        (["subset-sum", "problems=1e9"], "1e9"),
+        (["figures", "m=33"], "between 1 and 32"),
+        (["bench", "seconds=0"], "seconds=0.0"),
         (["train-target", "seed=3"], "target.seed"),
         (["train-target", "protocol.rounds=0"], "at least 1"),
         (["train-target", "target.density=2"], "(0, 1]"),

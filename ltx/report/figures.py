@@ -1,0 +1,204 @@
+"""The paper's Figures 3 and 4, and a third one: how failures fall with the base set size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from ltx.files import replacing
+from ltx.subset_sum.statistics import Sample, constant, summarise, wilson_interval
+
+BLUE, GREEN, RED, GREY = "#1b6ca8", "#2e8b57", "#c8384f", "#8a929c"
+PAPER_CONSTANT = 3  # "C is about 3", section 2
+STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "legend.frameon": False, "svg.hashsalt": "ltx", "savefig.dpi": 200,
+}  # fmt: skip
+LAW_NAMES = {"uniform": "$X_k \\sim U[-1, 1]$", "product": "$X_k \\sim U[-1, 1]\\,U[-1, 1]$",
+             "normal": "$X_k \\sim N(0, 1)$"}  # fmt: skip
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write `path` with the suffixes .svg and .png; the same figure gives the same SVG bytes."""
+    written = []
+    for suffix, metadata in ((".svg", {"Date": None}), (".png", None)):
+        with matplotlib.rc_context(STYLE), replacing(path.with_suffix(suffix)) as part:
+            figure.savefig(part, format=suffix[1:], metadata=metadata)
+        written.append(path.with_suffix(suffix))
+    return written
+
+
+def statistics_figure(best: Sample, smallest: Sample) -> Figure:
+    """Errors and sizes of the best and of the smallest subsets: Figure 3 (uniform) or Figure 4 (product)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 5.6), layout="constrained")
+        axes = figure.subplots(2, 2, width_ratios=[1.25, 1])
+        for row, (drawn, name) in enumerate(((best, "best subset"), (smallest, "smallest subset"))):
+            _error_panel(axes[row, 0], drawn, f"({'ac'[row]}) {name}: error")
+            _size_panel(axes[row, 1], drawn, f"({'bd'[row]}) {name}: size")
+        axes[1, 0].set_xlabel("error  $|\\theta - \\sum_{k \\in S} X_k|$")
+        axes[1, 1].set_xlabel("subset size  $|S|$")
+        figure.suptitle(
+            f"{len(best.error):,} subset-sum problems, {LAW_NAMES[best.law]}, m = {best.base_set_size}, "
+            f"target $\\theta \\sim U[-1, 1]$, ε = {best.epsilon:g}",
+            fontsize=10,
+        )
+    return figure
+
+
+def _error_panel(axes: Axes, drawn: Sample, title: str) -> None:
+    statistics = summarise(drawn)
+    errors, epsilon = drawn.error, drawn.epsilon
+    end = max(float(errors.max()), 2 * epsilon)
+    bins = np.linspace(0, end, 61).tolist()
+    axes.hist(errors, bins, weights=np.full(len(errors), 1 / len(errors)), color=BLUE)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.set_ylim(0.7 / len(errors), 1)
+    axes.set_xlim(left=0)
+    axes.set_ylabel("share of the problems")
+    axes.set_title(title, loc="left")
+    half = (statistics.mean_error_interval[1] - statistics.mean_error_interval[0]) / 2
+    axes.set_title(
+        f"mean {_scientific(statistics.mean_error, half)};  {100 * statistics.failure_share:.2g} % beyond ε",
+        loc="right", fontsize=8,
+    )  # fmt: skip
+    inset = axes.inset_axes((0.45, 0.53, 0.54, 0.36))
+    close = min(epsilon, float(np.quantile(errors, 0.9)))
+    inset.hist(errors, np.linspace(0, close, 31).tolist(), weights=np.full(len(errors), 1 / len(errors)), color=GREEN)
+    inset.set_title(f"the smallest {100 * (errors <= close).mean():.3g} % of the errors", fontsize=8, color=GREEN)
+    inset.set_xlim(0, close)
+    inset.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+    inset.xaxis.set_major_locator(MaxNLocator(4))
+    inset.xaxis.get_offset_text().set_fontsize(7)
+    inset.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    inset.yaxis.set_major_locator(MaxNLocator(3))
+    inset.tick_params(labelsize=7)
+
+
+def _size_panel(axes: Axes, drawn: Sample, title: str) -> None:
+    statistics, n = summarise(drawn), len(drawn.error)
+    solved = np.array(statistics.size_counts) / n
+    failed = np.bincount(drawn.size[~drawn.solved], minlength=drawn.base_set_size + 1) / n
+    sizes = np.arange(drawn.base_set_size + 1)
+    axes.bar(sizes, solved, color=BLUE, width=0.8, label="within ε")
+    axes.bar(sizes, failed, bottom=solved, color=GREY, width=0.8, label="none within ε: closest")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.set_xlim(-0.7, drawn.base_set_size + 0.7)
+    axes.set_ylim(0, 1.18 * float((solved + failed).max()))
+    axes.set_title(title, loc="left")
+    if statistics.mean_size is not None:
+        axes.set_title(f"mean {statistics.mean_size:.2f} within ε", loc="right", fontsize=8)
+    axes.legend(loc="upper right", fontsize=7.5)
+
+
+def _scientific(value: float, half: float) -> str:
+    """`(5.96 ± 0.24)·10^-4`"""
+    exponent = int(np.floor(np.log10(value))) if value > 0 else 0
+    scale = 10.0**exponent
+    return f"$({value / scale:.2f} \\pm {half / scale:.2f})\\cdot 10^{{{exponent}}}$"
+
+
+@dataclass(frozen=True)
+class FailureCurve:
+    """Shares of random problems of one law without a subset within epsilon, by base set size."""
+
+    law: str
+    epsilon: float
+    problems: int
+    base_set_sizes: tuple[int, ...]
+    failures: tuple[int, ...]
+
+    @property
+    def shares(self) -> np.ndarray:
+        return np.array(self.failures) / self.problems
+
+    @property
+    def crosses(self) -> bool:
+        """Whether less than a share epsilon fails in the end; else `fitted_constant` is a lower bound."""
+        return bool(self.shares[-1] <= self.epsilon)
+
+    @property
+    def fitted_constant(self) -> float:
+        """The least C with which Corollary 2.2 holds on this curve.
+
+        The corollary says that m >= C log(1 / min(delta, epsilon)) makes at most a share delta fail. An m at which
+        a share f fails contradicts every C below m / log(1 / min(f, epsilon)). The largest of these lies where
+        the curve crosses epsilon, which is taken from a line between the logarithms of the neighbours.
+        """
+        shares = self.shares
+        at = [constant(m, self.epsilon, f) for m, f in zip(self.base_set_sizes, shares, strict=True) if f > 0]
+        for (m0, f0), (m1, f1) in zip(
+            zip(self.base_set_sizes, shares, strict=True), zip(self.base_set_sizes[1:], shares[1:], strict=True),
+            strict=False,
+        ):  # fmt: skip
+            if f0 > self.epsilon >= f1 > 0:
+                crossing = m0 + (m1 - m0) * np.log(f0 / self.epsilon) / np.log(f0 / f1)
+                at.append(constant(crossing, self.epsilon, self.epsilon))
+        return max(at)
+
+    @property
+    def decay(self) -> float:
+        """How fast failures fall in the end: the C of exp(-m / C), fitted to the shares below 1 % with 10 failures."""
+        use = [n for n, k in enumerate(self.failures) if k >= 10 and self.shares[n] < 0.01]
+        if len(use) < 2:
+            return float("nan")
+        m, weight = np.array(self.base_set_sizes)[use], np.sqrt(np.array(self.failures)[use])
+        return float(-1 / np.polyfit(m, np.log(self.shares[use]), 1, w=weight)[0])
+
+
+def failure_figure(curves: Sequence[FailureCurve]) -> Figure:
+    """Failure share against m, a panel for each law, beside exp(-m / C) for the paper's C and the fitted one."""
+    laws = list(dict.fromkeys(c.law for c in curves))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.9 * len(laws), 4.6), layout="constrained")
+        panels = figure.subplots(1, len(laws), sharey=True, squeeze=False)[0]
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len({c.epsilon for c in curves})))
+        for axes, law in zip(panels, laws, strict=True):
+            mine = [c for c in curves if c.law == law]
+            for curve, shade in zip(mine, shades, strict=True):
+                _failure_curve(axes, curve, shade)
+            sizes = np.array(mine[0].base_set_sizes, float)
+            axes.plot(sizes, np.exp(-sizes / PAPER_CONSTANT), color=RED, lw=1.2, ls="--",
+                      label=f"$e^{{-m/C}}$, the paper's C ≈ {PAPER_CONSTANT}")  # fmt: skip
+            fitted = max(c.fitted_constant for c in mine)
+            axes.plot(sizes, np.exp(-sizes / fitted), color="black", lw=1.2, ls=":",
+                      label=f"$e^{{-m/C}}$, fitted C = {fitted:.2f}")  # fmt: skip
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(numticks=12))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_ylim(top=1.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel("base set size m")
+            axes.set_title(LAW_NAMES[law], loc="left")
+            axes.grid(alpha=0.25, lw=0.5)
+            axes.legend(loc="lower left", fontsize=7.5)
+        panels[0].set_ylabel("share of the problems without a subset within ε")
+        figure.suptitle(
+            f"Failures fall exponentially with m ({curves[0].problems:,} problems at each m; bars: 95 % intervals; "
+            "circles: where a curve crosses its ε)",
+            fontsize=9,
+        )
+    return figure
+
+
+def _failure_curve(axes: Axes, curve: FailureCurve, shade) -> None:
+    m, shares = np.array(curve.base_set_sizes), curve.shares
+    seen = shares > 0
+    intervals = np.array([wilson_interval(k, curve.problems) for k in curve.failures])
+    bars = np.abs(intervals[seen].T - shares[seen])
+    label = f"ε = {curve.epsilon:g}: C {'=' if curve.crosses else '≥'} {curve.fitted_constant:.2f}"
+    axes.errorbar(m[seen], shares[seen], bars, color=shade, lw=1.3, marker="o", ms=2.5, elinewidth=0.8, label=label)
+    crossing = curve.fitted_constant * np.log(1 / curve.epsilon)
+    if curve.crosses and crossing >= m[0]:
+        axes.plot(crossing, curve.epsilon, "o", ms=7, mfc="none", mec=shade, mew=1.2)

@@ -1,0 +1,159 @@
+"""Statistics of random subset-sum problems: how often they fail, how large the error and the subset are (Figs. 3, 4).
+
+Problem p of a law is a function of the seed and p alone, drawn like the source network: the same problems on CPU and
+GPU, and a larger sample begins with the smaller one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltx import source
+from ltx.errors import LtxError
+from ltx.subset_sum.limits import MAX_PROBLEMS
+from ltx.subset_sum.solver import solve
+
+CHUNK = 1 << 16  # problems drawn at a time
+_FIRST, _SECOND, _TARGET = (0x40000000 + n for n in range(3))  # layers that no source network has
+
+
+def _uniform(seed: int, problems: Tensor, m: int, layer: int = _FIRST) -> Tensor:
+    rows = problems[:, None].expand(-1, m)
+    offsets = torch.arange(m, device=problems.device).expand(len(problems), -1)
+    return source.uniform(seed, layer, rows, offsets).double()
+
+
+def _product(seed: int, problems: Tensor, m: int) -> Tensor:
+    return _uniform(seed, problems, m) * _uniform(seed, problems, m, _SECOND)
+
+
+def _normal(seed: int, problems: Tensor, m: int) -> Tensor:
+    middle = (_uniform(seed, problems, m) + 1) / 2 + 2.0**-25  # in (0, 1), the middle of its 2^-24
+    return torch.special.ndtri(middle.cpu()).to(problems.device)  # on the CPU: the same bits on every device
+
+
+LAWS: dict[str, Callable[[int, Tensor, int], Tensor]] = {
+    "uniform": _uniform,  # X ~ U[-1, 1]: one layer of L+1 (Fig. 3)
+    "product": _product,  # X ~ U[-1, 1] U[-1, 1]: two layers for one (Fig. 4)
+    "normal": _normal,  # X ~ N(0, 1)
+}
+
+
+def draw(law: str, m: int, first: int, count: int, *, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Base sets (count, m) and targets (count,), uniform on [-1, 1), of the problems first, first + 1, ...; float64."""
+    if law not in LAWS:
+        raise LtxError(f"law '{law}' is not known; there are {', '.join(LAWS)}")
+    problems = torch.arange(first, first + count, device=device)
+    return LAWS[law](seed, problems, m), _uniform(seed, problems, 1, _TARGET)[:, 0]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The solutions of the first n random problems of a law and a seed."""
+
+    law: str
+    base_set_size: int  # m in the paper
+    epsilon: float
+    selection: str
+    seed: int
+    error: np.ndarray  # (n,) float64
+    size: np.ndarray  # (n,) uint8
+
+    @property
+    def solved(self) -> np.ndarray:
+        """(n,) bool: whether a subset is within epsilon."""
+        return self.error <= self.epsilon
+
+
+def sample(
+    law: str, m: int, epsilon: float, *, selection: str = "smallest", problems: int = 100_000, seed: int = 0,
+    device: str = "cpu",
+) -> Sample:  # fmt: skip
+    """Draw and solve random problems.
+
+    Args:
+        law: `uniform`, `product` or `normal`, of the base sets; targets are uniform on [-1, 1) (section 4.1).
+        m, epsilon, selection: as in `solve`.
+        problems: how many, 2 to MAX_PROBLEMS.
+
+    Raises:
+        LtxError: as `solve`; an unknown law; too many problems.
+    """
+    if not 2 <= problems <= MAX_PROBLEMS:
+        raise LtxError(f"problems={problems}: must lie between 2 and {MAX_PROBLEMS}; several seeds give more")
+    error, size = np.empty(problems), np.empty(problems, np.uint8)
+    for begin in range(0, problems, CHUNK):
+        end = min(problems, begin + CHUNK)
+        found = solve(*draw(law, m, begin, end - begin, seed=seed, device=device), epsilon, selection=selection)
+        error[begin:end] = torch.as_tensor(found.error).cpu()
+        size[begin:end] = torch.as_tensor(found.size).cpu()
+    return Sample(law, m, epsilon, selection, seed, error, size)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What section 4.1 of the paper reports of a sample. An interval is a 95 % confidence interval (low, high)."""
+
+    law: str
+    base_set_size: int
+    epsilon: float
+    selection: str
+    seed: int
+    problems: int
+    failures: int  # problems without a subset within epsilon
+    failure_share: float  # delta
+    failure_share_interval: tuple[float, float]  # Wilson's
+    mean_error: float  # over all problems, the failures with their closest subset
+    mean_error_interval: tuple[float, float]
+    error_quantiles: dict[str, float]  # of all problems, by share
+    mean_size: float | None  # over the solved problems; None where there is none
+    mean_size_interval: tuple[float, float] | None  # None where fewer than two are solved
+    size_counts: list[int]  # solved problems by the size of their subset, 0..m
+    constant: float | None  # C = m / log(1 / min(epsilon, delta)) of Corollary 2.2; None where nothing failed
+    constant_interval: tuple[float, float]
+
+
+def summarise(drawn: Sample) -> Statistics:
+    """The statistics of a sample."""
+    n, m, solved = len(drawn.error), drawn.base_set_size, drawn.solved
+    failures = int(n - solved.sum())
+    low, high = wilson_interval(failures, n)
+    sizes = drawn.size[solved]
+    return Statistics(
+        law=drawn.law, base_set_size=m, epsilon=drawn.epsilon, selection=drawn.selection, seed=drawn.seed,
+        problems=n, failures=failures, failure_share=failures / n, failure_share_interval=(low, high),
+        mean_error=float(drawn.error.mean()), mean_error_interval=_mean_interval(drawn.error),
+        error_quantiles={f"{q:g}": float(np.quantile(drawn.error, q)) for q in (0.025, 0.5, 0.975)},
+        mean_size=float(sizes.mean()) if len(sizes) else None,
+        mean_size_interval=_mean_interval(sizes) if len(sizes) > 1 else None,
+        size_counts=np.bincount(sizes, minlength=m + 1).tolist(),
+        constant=constant(m, drawn.epsilon, failures / n) if failures else None,
+        constant_interval=(constant(m, drawn.epsilon, low), constant(m, drawn.epsilon, high)),
+    )  # fmt: skip
+
+
+def constant(m: int, epsilon: float, delta: float) -> float:
+    """C = m / log(1 / min(epsilon, delta)) (Corollary 2.2); infinite where everything fails, whatever epsilon >= 1."""
+    least = min(epsilon, delta)
+    if least <= 0:
+        return 0.0
+    return m / -math.log(least) if least < 1 else math.inf
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which `hits` of n were seen (Wilson's score interval)."""
+    z, share = 1.96, hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (max(0.0, centre - half) if hits else 0.0), (min(1.0, centre + half) if hits < n else 1.0)
+
+
+def _mean_interval(values: np.ndarray) -> tuple[float, float]:
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()) - half, float(values.mean()) + half

@@ -1,0 +1,86 @@
+"""`ltx figures`: Figures 3 and 4, and failures against m, as SVG and PNG, with the numbers behind them as CSV."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from ltx import subset_sum
+from ltx.config import Settings
+from ltx.files import write_text
+from ltx.report import figures
+from ltx.report.figures import FailureCurve
+from ltx.subset_sum.statistics import Sample, wilson_interval
+from ltx.tasks import provenance
+from ltx.tasks.subset_sum import flat, summary
+
+log = logging.getLogger(__name__)
+
+EPSILONS = (0.1, 0.03, 0.01, 0.003, 0.001)
+FAILURE_SIZES = range(6, 25)
+
+
+def run(settings: Settings) -> Path:
+    """Draw all figures; the folder that holds them."""
+    folder = Path(settings.output_dir) / "figures"
+    device = settings.torch_device
+    for number, law in ((3, "uniform"), (4, "product")):
+        samples: dict[str, Sample] = {}
+        lines = []
+        for selection in ("best", "smallest"):
+            begin = time.perf_counter()
+            samples[selection] = subset_sum.sample(
+                law, settings.m, settings.epsilon, selection=selection, problems=settings.problems,
+                seed=settings.seed, device=device,
+            )  # fmt: skip
+            seconds = time.perf_counter() - begin
+            statistics = asdict(subset_sum.summarise(samples[selection]))
+            lines.append({**statistics, "seconds": seconds, "device": device, **provenance.here()})
+            log.info("Figure %d: %s", number, summary(lines[-1]))
+        figures.save(figures.statistics_figure(samples["best"], samples["smallest"]), folder / f"figure{number}")
+        table = pd.DataFrame([flat(line) for line in lines])
+        write_text(folder / f"figure{number}.csv", table.to_csv(index=False))
+    curves = [curve for law in ("uniform", "product") for curve in failure_curves(law, settings, device)]
+    figures.save(figures.failure_figure(curves), folder / "failures")
+    write_text(folder / "failures.csv", failure_table(curves, settings.seed).to_csv(index=False))
+    for curve in curves:
+        log.info(
+            "%s, epsilon=%g: fitted C %s %.2f, failures fall like exp(-m / %.2f) in the end",
+            curve.law, curve.epsilon, "=" if curve.crosses else ">=", curve.fitted_constant, curve.decay,
+        )  # fmt: skip
+    return folder
+
+
+def failure_curves(law: str, settings: Settings, device: str) -> list[FailureCurve]:
+    """A curve for each of EPSILONS; the best error of a problem says for all of them whether it fails."""
+    failures: dict[float, list[int]] = {epsilon: [] for epsilon in EPSILONS}
+    for m in tqdm(FAILURE_SIZES, desc=f"failures, {law}", unit="m", disable=None, leave=False):
+        drawn = subset_sum.sample(
+            law, m, EPSILONS[0], selection="best", problems=settings.problems, seed=settings.seed, device=device
+        )
+        for epsilon, counts in failures.items():
+            counts.append(int((drawn.error > epsilon).sum()))
+    return [
+        FailureCurve(law, epsilon, settings.problems, tuple(FAILURE_SIZES), tuple(counts))
+        for epsilon, counts in failures.items()
+    ]
+
+
+def failure_table(curves: list[FailureCurve], seed: int) -> pd.DataFrame:
+    """One line per point of the curves."""
+    lines = []
+    for c in curves:
+        for m, k in zip(c.base_set_sizes, c.failures, strict=True):
+            low, high = wilson_interval(k, c.problems)
+            lines.append({
+                "law": c.law, "epsilon": c.epsilon, "base_set_size": m, "problems": c.problems, "seed": seed,
+                "failures": k, "failure_share": k / c.problems, "failure_share_interval_low": low,
+                "failure_share_interval_high": high, "fitted_constant": c.fitted_constant, "crosses": c.crosses,
+                "decay": c.decay, **provenance.here(),
+            })  # fmt: skip
+    return pd.DataFrame(lines)

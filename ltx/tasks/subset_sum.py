@@ -1,0 +1,83 @@
+"""`ltx subset-sum`: statistics of random subset-sum problems as JSON and CSV; does nothing when they are there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from ltx import paths, subset_sum
+from ltx.config import Settings
+from ltx.files import write_json, write_text
+from ltx.tasks import provenance
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> Path:
+    """Measure what the settings describe; the path of the JSON file.
+
+    Beside it stands the same as a CSV file of one line; the CSV file one folder up has a line for every run there.
+    """
+    path = paths.statistics_file(settings)
+    device = settings.torch_device
+    if not settings.force and (there := _read(path)) is not None:
+        log.info("%s: there already; force=true measures again", path)
+        statistics = there
+    else:
+        begin = time.perf_counter()
+        drawn = subset_sum.sample(
+            settings.law.value, settings.m, settings.epsilon, selection=settings.selection.value,
+            problems=settings.problems, seed=settings.seed, device=device,
+        )  # fmt: skip
+        seconds = time.perf_counter() - begin
+        statistics = {
+            **asdict(subset_sum.summarise(drawn)), "seconds": seconds, "device": device, **provenance.here(),
+        }  # fmt: skip
+        write_text(path.with_suffix(".csv"), pd.DataFrame([flat(statistics)]).to_csv(index=False))
+        write_json(path, statistics)
+    log.info("%s", summary(statistics))
+    everything = [s for f in sorted(path.parent.parent.glob("*/statistics.json")) if (s := _read(f)) is not None]
+    order = ["law", "selection", "epsilon", "base_set_size", "problems", "seed"]
+    table = pd.DataFrame([flat(s) for s in everything]).sort_values(order)
+    write_text(path.parent.parent / "statistics.csv", table.to_csv(index=False))
+    return path
+
+
+def flat(statistics: dict) -> dict:
+    """One line of a table: intervals as two columns, quantiles and sizes as one each."""
+    line = {}
+    for key, value in statistics.items():
+        if key.endswith("_interval"):
+            line[f"{key}_low"], line[f"{key}_high"] = value or (None, None)
+        elif key == "error_quantiles":
+            line.update({f"error_quantile_{share}": v for share, v in value.items()})
+        elif key != "size_counts":
+            line[key] = value
+    return line | {f"size_{size}": count for size, count in enumerate(statistics["size_counts"])}
+
+
+def summary(s: dict) -> str:
+    """The statistics in one line."""
+    low, high = s["failure_share_interval"]
+    size = "-" if s["mean_size"] is None else f"{s['mean_size']:.3f}"
+    found = f"= {s['constant']:.2f}" if s["constant"] is not None else f"< {s['constant_interval'][1]:.2f}"
+    return (
+        f"{s['law']}, {s['selection']}, m={s['base_set_size']}, epsilon={s['epsilon']:g}, {s['problems']} problems: "
+        f"{100 * s['failure_share']:.3g} % fail ({100 * low:.3g} to {100 * high:.3g}), mean error "
+        f"{s['mean_error']:.3g} ({s['mean_error_interval'][0]:.3g} to {s['mean_error_interval'][1]:.3g}), "
+        f"mean size {size}, C {found}; {s['seconds']:.2f} s"
+    )
+
+
+def _read(path: Path) -> dict | None:
+    """The statistics of a file, None where it is not there or not whole."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "size_counts" in found and "seconds" in found else None
