@@ -1,9 +1,10 @@
-"""Copy measured results into outputs/reference/: packed targets, the tables, one line per ticket.
+"""Copy measured results into outputs/reference/: packed targets, tables, figures, statistics, benchmarks.
 
     python scripts/keep_reference.py OUTPUT_DIR
 
-OUTPUT_DIR is what `ltx train-target --multirun target=mnist activation=relu,leaky_relu,tanh,sigmoid ...
-output_dir=OUTPUT_DIR` wrote, or `make paper-tables` (whose tables are copied too where they are there).
+OUTPUT_DIR is what commands wrote with output_dir=OUTPUT_DIR: `ltx train-target --multirun target=mnist
+activation=relu,leaky_relu,tanh,sigmoid ...`, `make paper-tables`, `ltx figures`, `ltx subset-sum`, `ltx bench`. What
+is not there is left as it is kept.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ def main(output_dir: Path) -> None:
         kept = reference_dir() / "targets" / name
         pack(kept, checkpoint)
         print(f"{kept} ({kept.stat().st_size / 1024:.0f} KiB, {float(checkpoint.metadata['accuracy']):.2f} %)")
-    for path in sorted((output_dir / "tables").glob("*")):
-        kept = reference_dir() / "tables" / path.name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, kept)
-        print(kept)
+    for folder in ("tables", "figures", "subset_sum", "bench"):
+        for path in sorted(p for p in (output_dir / folder).rglob("*") if p.is_file()):
+            kept = reference_dir() / path.relative_to(output_dir)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, kept)
+            print(kept)
 
 
 if __name__ == "__main__":

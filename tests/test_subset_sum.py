@@ -264,6 +264,7 @@ def test_no_problems(selection, m):
         (np.array([[1, 2, 3], [1, np.nan, 3]]), np.ones(2), 0.1, "best", r"values\[1, 1\] is nan"),
         (np.ones((2, 20)), np.array([1, np.inf]), 0.1, "smallest", r"targets\[1\] is inf"),
         (np.full((2, 3), 1e308), np.ones(2), 0.1, "best", "overflows"),
+        (np.full((2, 12), 0.0), np.full(2, 1.7e308), 0.1, "best", "overflows"),
         (np.ones((2, 3), complex), np.ones(2), 0.1, "best", "real numbers"),
         (np.array([["a", "b"]]), np.ones(1), 0.1, "best", "real numbers"),
         (torch.ones(2, 3, dtype=torch.complex64), np.ones(2), 0.1, "best", "real numbers"),

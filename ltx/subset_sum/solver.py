@@ -118,7 +118,7 @@ def _on_gpu(values: Tensor, targets: Tensor, within: float) -> SubsetSums:
     for begin in range(0, max(1, len(values)), GPU_VALUES // m):
         part = slice(begin, begin + GPU_VALUES // m)
         x, theta = values[part].double(), targets[part].to(values.device, torch.float64)
-        total = x.abs().sum(1) + theta.abs()
+        total = 2 * (x.abs().sum(1) + theta.abs())
         if not bool(torch.isfinite(total).all()):
             bad = int((~torch.isfinite(total)).nonzero()[0])
             raise LtxError(f"subset sums: {_what_is_not_finite(_float64(x[bad]), float(theta[bad]), begin + bad)}")
@@ -166,7 +166,7 @@ def _first_not_finite(x, theta):
         total = abs(theta[p])
         for s in range(x.shape[1]):
             total += abs(x[p, s])
-        if not np.isfinite(total):
+        if not np.isfinite(2 * total):
             first = min(first, p)
     return first
 
