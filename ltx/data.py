@@ -70,7 +70,7 @@ def _read_digits(_: Path, train: bool) -> tuple[Tensor, Tensor]:
 def _read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import MNIST
 
-    there = (root / "MNIST" / "raw").is_dir()
+    there = any((root / "MNIST" / "raw").glob("*"))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the artefact's path
             data = MNIST(str(root), train=train, download=True)

@@ -56,13 +56,15 @@ def test_a_killed_training_continues_to_the_same_target(tmp_path):
 
 
 @pytest.mark.mnist
-@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
-def test_constructed_head_on_mnist(mnist_root, activation):
+@pytest.mark.parametrize(("activation", "construction"), [("relu", "L+1"), ("sigmoid", "L+1"), ("relu", "2L")])
+def test_constructed_head_on_mnist(mnist_root, activation, construction):
     """25,000 parameters in ten rows: m = 15 has no row that works, m = 20 does (README, limits)."""
     checkpoint = read_checkpoint(reference_dir() / "targets" / f"mnist-{activation}.safetensors")
     spec = data.dataset_spec("mnist")
     model = load_into(build("mnist_cnn", activation, shape=spec.shape, classes=10), checkpoint, network="mnist_cnn")
-    ticket = construct(model, base_set_size=20, head="construct", input_range=spec.input_range)
+    ticket = construct(
+        model, construction=construction, base_set_size=20, head="construct", input_range=spec.input_range
+    )
     assert verify(ticket, trace(model)).ok
     assert not ticket.given  # nothing but pruned random parameters
     split = data.load("mnist", train=False, root=mnist_root)
