@@ -77,6 +77,7 @@ class Settings:
     head: Head = Head.keep  # type: ignore[attr-defined]
     scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
     law: Law = Law.uniform  # type: ignore[attr-defined]
+    theta: float | None = None
     problems: int = 100_000
     seconds: float = 2.0
     seed: int = 0
@@ -99,6 +100,9 @@ class Settings:
         _require(
             2 <= self.problems <= MAX_PROBLEMS,
             f"problems={self.problems}: must lie between 2 and {MAX_PROBLEMS}; several seeds give more",
+        )
+        _require(
+            self.theta is None or math.isfinite(self.theta), f"theta={self.theta}: must be a number, or null for random"
         )
         _require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be a positive number")
         _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")

@@ -34,6 +34,7 @@ SETTINGS = (
         "the smallest subset within epsilon, or the best",
         (*TICKET, "subset-sum"),
     ),
+    ("theta", "null", "any number, null", "one target for all problems, or uniform on [-1, 1)", ("subset-sum",)),
     ("problems", "100000", "2 to 10**8", "random problems", ("subset-sum", "figures")),
     ("seconds", "2", "positive", "how long to measure each solver at each m", ("bench",)),
     ("head", "keep", "keep, construct", "take the classifier from the target, or approximate it", TICKET),

@@ -39,4 +39,5 @@ def statistics_file(settings: Settings) -> Path:
     """The statistics of random subset-sum problems that `ltx subset-sum` writes with these settings."""
     s = settings
     name = f"{s.law.value}-{s.selection.value}-m{s.m}-eps{s.epsilon!r}-n{s.problems}-seed{s.seed}"
+    name += "" if s.theta is None else f"-theta{s.theta!r}"
     return Path(s.output_dir) / "subset_sum" / name / "statistics.json"

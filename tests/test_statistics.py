@@ -26,6 +26,8 @@ def test_problems_are_a_function_of_seed_and_index(law, monkeypatch):
     assert torch.equal(values[20:30], part)
     assert torch.equal(targets[20:30], part_targets)
     assert not torch.equal(values, draw(law, 7, 0, 50, seed=4)[0])
+    assert torch.equal(values[:, :5], draw(law, 5, 0, 50, seed=3)[0])
+    assert len(values.unique()) == values.numel()
     whole = sample(law, 7, 0.01, problems=50, seed=3)
     monkeypatch.setattr(statistics, "CHUNK", 8)
     np.testing.assert_array_equal(whole.error, sample(law, 7, 0.01, problems=50, seed=3).error)
@@ -93,14 +95,29 @@ def test_fitted_constant_is_the_least_that_the_corollary_allows():
     """Shares exp(-(m - 3) / 1.5) reach epsilon at m = 3 + 1.5 log(1 / epsilon)."""
     sizes, n = tuple(range(4, 21)), 10**9
     curve = FailureCurve("uniform", 0.01, n, sizes, tuple(int(n * math.exp(-(m - 3) / 1.5)) for m in sizes))
-    assert curve.crosses
+    assert math.isclose(curve.crossing, 3 + 1.5 * math.log(100), rel_tol=1e-3)
     assert math.isclose(curve.fitted_constant, (3 + 1.5 * math.log(100)) / math.log(100), rel_tol=1e-3)
     assert math.isclose(curve.decay, 1.5, rel_tol=1e-3)
-    for m, share in zip(sizes, curve.shares, strict=True):  # no point contradicts it, and a smaller one is contradicted
+    for m, share in zip(sizes, curve.shares, strict=True):  # no point contradicts it
         assert constant(m, 0.01, share) <= curve.fitted_constant + 1e-9
     early = FailureCurve("uniform", 0.01, n, sizes[:4], curve.failures[:4])
-    assert not early.crosses
+    assert early.crossing is None
     assert early.fitted_constant < curve.fitted_constant
+
+
+def test_a_curve_that_falls_to_no_failure_at_all_shows_no_crossing():
+    curve = FailureCurve("uniform", 0.001, 400, (10, 11, 12), (3, 1, 0))
+    assert curve.crossing is None
+    assert curve.fitted_constant == constant(11, 0.001, 0.0025)
+    assert math.isnan(FailureCurve("uniform", 0.1, 10, (6, 7), (0, 0)).fitted_constant)
+
+
+def test_a_single_target_can_be_harder_than_random_ones():
+    """theta = 1 fails more often than targets that are uniform on [-1, 1], theta = 0 never."""
+    random, hard, easy = (
+        summarise(sample("product", 10, 0.01, problems=4000, theta=t)).failure_share for t in (None, 1.0, 0.0)
+    )
+    assert 0 == easy < random < hard / 2
 
 
 def test_subset_sum_command(ltx, tmp_path):
@@ -145,9 +162,9 @@ def test_figures_command(ltx, monkeypatch):
 
 
 def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):
-    monkeypatch.setattr(figures, "FAILURE_SIZES", range(1, 3))
-    for epsilon in ("1e-9", "3"):
-        assert ltx("figures", "m=2", "problems=10", f"epsilon={epsilon}", "device=cpu")[0] == 0
+    for epsilon, sizes in (("1e-9", range(1, 3)), ("3", range(12, 14))):
+        monkeypatch.setattr(figures, "FAILURE_SIZES", sizes)
+        assert ltx("figures", "m=2", "problems=2", f"epsilon={epsilon}", "device=cpu")[0] == 0
 
 
 @pytest.mark.parametrize("selection", ["smallest", "best"])
@@ -155,7 +172,7 @@ def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):
 def test_baselines_agree_with_the_engine(rival, selection):
     if rival == "cp_sat":
         pytest.importorskip("ortools")
-    values, targets = draw("uniform", 7, 0, 25, seed=0)
+    values, targets = (torch.round(t * baselines.GRID) / baselines.GRID for t in draw("uniform", 7, 0, 25, seed=0))
     targets[:5] *= 4  # out of reach
     found = solve(values, targets, 0.01, selection=selection)
     for n in range(25):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def _error_panel(axes: Axes, drawn: Sample, title: str) -> None:
         loc="right", fontsize=8,
     )  # fmt: skip
     inset = axes.inset_axes((0.45, 0.53, 0.54, 0.36))
-    close = min(epsilon, float(np.quantile(errors, 0.9)))
+    close = min(epsilon, float(np.quantile(errors, 0.9))) or epsilon
     inset.hist(errors, np.linspace(0, close, 31).tolist(), weights=np.full(len(errors), 1 / len(errors)), color=GREEN)
     inset.set_title(f"the smallest {100 * (errors <= close).mean():.3g} % of the errors", fontsize=8, color=GREEN)
     inset.set_xlim(0, close)
@@ -124,28 +126,27 @@ class FailureCurve:
         return np.array(self.failures) / self.problems
 
     @property
-    def crosses(self) -> bool:
-        """Whether less than a share epsilon fails in the end; else `fitted_constant` is a lower bound."""
-        return bool(self.shares[-1] <= self.epsilon)
+    def crossing(self) -> float | None:
+        """The m, taken as a real number, at which a share epsilon fails; None where the curve does not show it."""
+        points = list(zip(self.base_set_sizes, self.shares, strict=True))
+        for (m0, f0), (m1, f1) in pairwise(points):
+            if f0 > self.epsilon >= f1 > 0:  # a line between the logarithms
+                return m0 + (m1 - m0) * math.log(f0 / self.epsilon) / math.log(f0 / f1)
+        return None
 
     @property
     def fitted_constant(self) -> float:
-        """The least C with which Corollary 2.2 holds on this curve.
+        """The least C with which Corollary 2.2 holds on this curve, m taken as a real number; nan where nothing fails.
 
         The corollary says that m >= C log(1 / min(delta, epsilon)) makes at most a share delta fail. An m at which
-        a share f fails contradicts every C below m / log(1 / min(f, epsilon)). The largest of these lies where
-        the curve crosses epsilon, which is taken from a line between the logarithms of the neighbours.
+        a share f fails contradicts every C below m / log(1 / min(f, epsilon)), and the largest of these lies where
+        the curve crosses epsilon. Without a crossing in sight it is a lower bound. Targets are random here, as in
+        the paper's experiments; the corollary itself is about any single one.
         """
-        shares = self.shares
-        at = [constant(m, self.epsilon, f) for m, f in zip(self.base_set_sizes, shares, strict=True) if f > 0]
-        for (m0, f0), (m1, f1) in zip(
-            zip(self.base_set_sizes, shares, strict=True), zip(self.base_set_sizes[1:], shares[1:], strict=True),
-            strict=False,
-        ):  # fmt: skip
-            if f0 > self.epsilon >= f1 > 0:
-                crossing = m0 + (m1 - m0) * np.log(f0 / self.epsilon) / np.log(f0 / f1)
-                at.append(constant(crossing, self.epsilon, self.epsilon))
-        return max(at)
+        at = [constant(m, self.epsilon, f) for m, f in zip(self.base_set_sizes, self.shares, strict=True) if f > 0]
+        if self.crossing is not None:
+            at.append(constant(self.crossing, self.epsilon, self.epsilon))
+        return max(at, default=math.nan)
 
     @property
     def decay(self) -> float:
@@ -171,9 +172,10 @@ def failure_figure(curves: Sequence[FailureCurve]) -> Figure:
             sizes = np.array(mine[0].base_set_sizes, float)
             axes.plot(sizes, np.exp(-sizes / PAPER_CONSTANT), color=RED, lw=1.2, ls="--",
                       label=f"$e^{{-m/C}}$, the paper's C ≈ {PAPER_CONSTANT}")  # fmt: skip
-            fitted = max(c.fitted_constant for c in mine)
-            axes.plot(sizes, np.exp(-sizes / fitted), color="black", lw=1.2, ls=":",
-                      label=f"$e^{{-m/C}}$, fitted C = {fitted:.2f}")  # fmt: skip
+            fitted = max((c.fitted_constant for c in mine if c.crossing is not None), default=None)
+            if fitted is not None:
+                axes.plot(sizes, np.exp(-sizes / fitted), color="black", lw=1.2, ls=":",
+                          label=f"$e^{{-m/C}}$, fitted C = {fitted:.2f}")  # fmt: skip
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(numticks=12))
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -197,8 +199,9 @@ def _failure_curve(axes: Axes, curve: FailureCurve, shade) -> None:
     seen = shares > 0
     intervals = np.array([wilson_interval(k, curve.problems) for k in curve.failures])
     bars = np.abs(intervals[seen].T - shares[seen])
-    label = f"ε = {curve.epsilon:g}: C {'=' if curve.crosses else '≥'} {curve.fitted_constant:.2f}"
+    label = f"ε = {curve.epsilon:g}: C {'≥' if curve.crossing is None else '='} {curve.fitted_constant:.2f}"
+    if not seen.any():
+        label = f"ε = {curve.epsilon:g}: nothing fails"
     axes.errorbar(m[seen], shares[seen], bars, color=shade, lw=1.3, marker="o", ms=2.5, elinewidth=0.8, label=label)
-    crossing = curve.fitted_constant * np.log(1 / curve.epsilon)
-    if curve.crosses and crossing >= m[0]:
-        axes.plot(crossing, curve.epsilon, "o", ms=7, mfc="none", mec=shade, mew=1.2)
+    if curve.crossing is not None:
+        axes.plot(curve.crossing, curve.epsilon, "o", ms=7, mfc="none", mec=shade, mew=1.2)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ltx.errors import LtxError
 
-GRID = 2.0**23  # uniform base sets and targets are multiples of 1 / GRID: integers for CP-SAT
+GRID = 2.0**23  # CP-SAT takes integers, and gives wrong answers where an objective exceeds a double's 53 bits
 Solution = tuple[int, float]  # size and error
 
 
@@ -40,7 +40,7 @@ def cp_sat(x: np.ndarray, theta: float, epsilon: float, selection: str) -> Solut
     except ImportError as error:
         raise LtxError("OR-tools is not installed; pip install 'ltx[bench]'") from error
     if not all(float(v * GRID).is_integer() for v in (*x, theta)):
-        raise LtxError("CP-SAT takes integers: base sets and targets must be multiples of 2^-23, as law=uniform draws")
+        raise LtxError("CP-SAT takes integers: base sets and targets must be multiples of 2^-23")
     weights, target = [int(v * GRID) for v in x], int(theta * GRID)
     bound = int(epsilon * GRID)
 

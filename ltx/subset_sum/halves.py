@@ -1,7 +1,8 @@
 """Meet in the middle for single hard problems, after Horowitz and Sahni (1974): CPU, compiled, parallel.
 
-The last two values are pivots; the others are split into two halves whose subset sums are sorted by merging. For
-each of the four choices of pivots a staircase sweep over both lists passes the pair whose sum is closest to what
+Values that no better subset can have are left out: zeros, and what dwarfs all the rest. Of the others the last two are
+pivots; the rest is split into two halves whose subset sums are sorted by merging. For each of the four choices of
+pivots a staircase sweep over both lists passes the pair whose sum is closest to what
 is missing. The four sweeps run side by side, because each step of one waits for the step before.
 
 Sums that are formed half by half differ from those of the specification (ascending indices) in their rounding.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-LEAST = 4  # values that a problem must have: two pivots and one for each half
 CHUNK = 8  # problems that share their scratch
 _UNIT = 2.0**-53
 
@@ -50,18 +50,47 @@ def _better(x, theta, candidate, mask, error):
 
 
 @numba.njit(cache=True)
-def _sorted_sums(x, begin, end, sums, masks, other_sums, other_masks):
-    """The subset sums of x[begin:end] in ascending order and their masks, in two of the four arrays given.
+def _useful(x, theta, error, useful, bits):
+    """Copy the values that a subset better than `error` can have, in their order, and their bits; how many.
+
+    There are at least two: for want of values, zeros that set no bit.
+    """
+    m = len(x)
+    for s in range(m):
+        useful[s], bits[s] = x[s], np.int64(1) << s if x[s] != 0.0 else np.int64(0)  # zeros: never in the smallest
+    while True:
+        largest, rest = -1, abs(theta) + error
+        for s in range(m):
+            if bits[s] and (largest < 0 or abs(x[s]) > abs(x[largest])):
+                largest = s
+        for s in range(m):
+            if bits[s] and s != largest:
+                rest += abs(x[s])
+        if largest < 0 or abs(x[largest]) <= (1 + 2.0**-40) * rest:
+            break
+        bits[largest] = 0  # whatever else is chosen with it, the error is larger
+    n = 0
+    for s in range(m):
+        if bits[s]:
+            useful[n], bits[n] = useful[s], bits[s]
+            n += 1
+    while n < 2:
+        useful[n], bits[n] = 0.0, 0
+        n += 1
+    return n
+
+
+@numba.njit(cache=True)
+def _sorted_sums(x, bits, sums, masks, other_sums, other_masks):
+    """The subset sums of x in ascending order and their masks, in two of the four arrays given.
 
     A merge fills its output from both ends at once: two chains of dependent steps instead of one, and no bounds
-    to check. Zeros are left out, since no subset of least size has one.
+    to check.
     """
     sums[0], masks[0] = 0.0, 0
     n = 1
-    for s in range(begin, end):
-        if x[s] == 0.0:
-            continue
-        bit = np.int64(1) << s
+    for s in range(len(x)):
+        bit = bits[s]
         i, j, up, above = np.int64(0), np.int64(0), np.int64(n - 1), np.int64(n - 1)
         for o in range(n):
             a, b = sums[i], sums[j] + x[s]
@@ -175,7 +204,7 @@ def improve(values, targets, which, sizes, epsilon, mask, size, error):
     """Replace the solutions of the problems `which` by better ones, over subsets of all sizes.
 
     Args:
-        values, targets: (n, m) and (n,) float64, m >= LEAST.
+        values, targets: (n, m) and (n,) float64, m >= 2.
         which: (hard,) int64, the problems to look at.
         sizes: no subset of this size or below is within epsilon.
         epsilon: where a subset is within epsilon, the best one of the least such size is taken, else the best of
@@ -183,29 +212,35 @@ def improve(values, targets, which, sizes, epsilon, mask, size, error):
         mask, size, error: (n,) int64, int64, float64; hold a subset and its error for each problem, and are changed.
     """
     m = values.shape[1]
-    half = (m - 2) // 2
-    room = 1 << (m - 2 - half)
+    room = 1 << (m - 2 - (m - 2) // 2)
     for chunk in numba.prange((len(which) + CHUNK - 1) // CHUNK):
+        useful, bits = np.empty(m), np.empty(m, np.int64)
         scratch, scratch_masks = np.empty((4, room)), np.empty((4, room), np.int64)
         fenced_left, fenced_right = np.empty(room + 1), np.empty(room + 1)
         missing, given = np.empty(4), np.empty(4, np.int64)
-        left_start, right_start = np.empty(half + 2, np.int64), np.empty(m - half, np.int64)
+        left_start, right_start = np.empty(m, np.int64), np.empty(m, np.int64)
         for hard in range(chunk * CHUNK, min(len(which), (chunk + 1) * CHUNK)):
             p = which[hard]
             x, theta, best, least = values[p], targets[p], np.int64(mask[p]), error[p]
-            total = abs(theta)
-            for s in range(m):
-                total += abs(x[s])
-            slack = 4 * (m + 2) * _UNIT * total  # twice what rounding can make of a sum in another order
+            free = _useful(x, theta, least, useful, bits) - 2
+            half = free // 2
+            reach = 0.0
+            for s in range(free + 2):
+                reach += abs(useful[s])
+            if reach <= _UNIT / 4 * abs(theta):
+                continue  # no subset changes the rounded error
+            slack = 4 * (m + 2) * _UNIT * (reach + abs(theta))  # twice what another order of additions can change
             for c in range(4):
                 missing[c], given[c] = theta, 0
-                for s in (m - 2, m - 1):
-                    if c >> (s - m + 2) & 1:
-                        missing[c] -= x[s]
-                        given[c] |= 1 << s
-            left, left_masks = _sorted_sums(x, 0, half, scratch[0], scratch_masks[0], scratch[1], scratch_masks[1])
+                for s in range(2):
+                    if c >> s & 1:
+                        missing[c] -= useful[free + s]
+                        given[c] |= bits[free + s]
+            left, left_masks = _sorted_sums(
+                useful[:half], bits[:half], scratch[0], scratch_masks[0], scratch[1], scratch_masks[1]
+            )
             right, right_masks = _sorted_sums(
-                x, half, m - 2, scratch[2], scratch_masks[2], scratch[3], scratch_masks[3]
+                useful[half:free], bits[half:free], scratch[2], scratch_masks[2], scratch[3], scratch_masks[3]
             )
             nl, nr = len(left), len(right)
             fenced_left[:nl], fenced_left[nl] = left, np.inf
@@ -222,13 +257,13 @@ def improve(values, targets, which, sizes, epsilon, mask, size, error):
                     )
             if least <= epsilon:  # some subset is within epsilon: now the least size
                 ls, lm, rs, rm = np.empty(room), np.empty(room, np.int64), np.empty(room), np.empty(room, np.int64)
-                _by_size(left, left_masks, ls, lm, left_start)
-                _by_size(right, right_masks, rs, rm, right_start)
+                _by_size(left, left_masks, ls, lm, left_start[: half + 2])
+                _by_size(right, right_masks, rs, rm, right_start[: free - half + 2])
                 for k in range(sizes + 1, _count(best) + 1):
                     found, within = np.int64(-1), np.nextafter(epsilon, np.inf)
                     for c in range(4):
                         rest = k - _count(given[c])
-                        for a in range(max(0, rest - (m - 2 - half)), min(half, rest) + 1):
+                        for a in range(max(0, rest - (free - half)), min(half, rest) + 1):
                             l0, l1 = left_start[a], left_start[a + 1]
                             r0, r1 = right_start[rest - a], right_start[rest - a + 1]
                             found, within = _all_close(

@@ -51,7 +51,7 @@ def run(settings: Settings) -> Path:
     for curve in curves:
         log.info(
             "%s, epsilon=%g: fitted C %s %.2f, failures fall like exp(-m / %.2f) in the end",
-            curve.law, curve.epsilon, "=" if curve.crosses else ">=", curve.fitted_constant, curve.decay,
+            curve.law, curve.epsilon, ">=" if curve.crossing is None else "=", curve.fitted_constant, curve.decay,
         )  # fmt: skip
     return folder
 
@@ -80,7 +80,7 @@ def failure_table(curves: list[FailureCurve], seed: int) -> pd.DataFrame:
             lines.append({
                 "law": c.law, "epsilon": c.epsilon, "base_set_size": m, "problems": c.problems, "seed": seed,
                 "failures": k, "failure_share": k / c.problems, "failure_share_interval_low": low,
-                "failure_share_interval_high": high, "fitted_constant": c.fitted_constant, "crosses": c.crosses,
+                "failure_share_interval_high": high, "fitted_constant": c.fitted_constant, "crossing": c.crossing,
                 "decay": c.decay, **provenance.here(),
             })  # fmt: skip
     return pd.DataFrame(lines)

@@ -32,7 +32,7 @@ def run(settings: Settings) -> Path:
         begin = time.perf_counter()
         drawn = subset_sum.sample(
             settings.law.value, settings.m, settings.epsilon, selection=settings.selection.value,
-            problems=settings.problems, seed=settings.seed, device=device,
+            problems=settings.problems, seed=settings.seed, theta=settings.theta, device=device,
         )  # fmt: skip
         seconds = time.perf_counter() - begin
         statistics = {
@@ -42,7 +42,7 @@ def run(settings: Settings) -> Path:
         write_json(path, statistics)
     log.info("%s", summary(statistics))
     everything = [s for f in sorted(path.parent.parent.glob("*/statistics.json")) if (s := _read(f)) is not None]
-    order = ["law", "selection", "epsilon", "base_set_size", "problems", "seed"]
+    order = ["law", "selection", "epsilon", "base_set_size", "theta", "problems", "seed"]
     table = pd.DataFrame([flat(s) for s in everything]).sort_values(order)
     write_text(path.parent.parent / "statistics.csv", table.to_csv(index=False))
     return path
@@ -65,9 +65,14 @@ def summary(s: dict) -> str:
     """The statistics in one line."""
     low, high = s["failure_share_interval"]
     size = "-" if s["mean_size"] is None else f"{s['mean_size']:.3f}"
-    found = f"= {s['constant']:.2f}" if s["constant"] is not None else f"< {s['constant_interval'][1]:.2f}"
+    if s["constant"] is None:
+        found = f"< {s['constant_interval'][1]:.2f}"
+    else:
+        found = f"{'=' if s['failure_share'] <= s['epsilon'] else '>'} {s['constant']:.2f}"
+    target = "" if s["theta"] is None else f"theta={s['theta']:g}, "
     return (
-        f"{s['law']}, {s['selection']}, m={s['base_set_size']}, epsilon={s['epsilon']:g}, {s['problems']} problems: "
+        f"{s['law']}, {s['selection']}, m={s['base_set_size']}, epsilon={s['epsilon']:g}, {target}"
+        f"{s['problems']} problems: "
         f"{100 * s['failure_share']:.3g} % fail ({100 * low:.3g} to {100 * high:.3g}), mean error "
         f"{s['mean_error']:.3g} ({s['mean_error_interval'][0]:.3g} to {s['mean_error_interval'][1]:.3g}), "
         f"mean size {size}, C {found}; {s['seconds']:.2f} s"
