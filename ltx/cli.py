@@ -30,6 +30,7 @@ _FLAGS_WITH_VALUE = (
     "--config-dir", "-cd", "--experimental-rerun",
 )  # fmt: skip
 _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
+SUMS = ("subset-sum", "figures", "bench")  # commands about random subset-sum problems alone
 POSITIONAL = {"verify": "ticket", "eval": "ticket"}  # `ltx verify FILE` is `ltx verify ticket=FILE`
 
 
@@ -66,6 +67,12 @@ def run(arguments: list[str]) -> int:
 
         print(command_help(command, COMMANDS[command][1]))
         return 0
+    if command in SUMS and (unused := _unused(command, overrides)):
+        return _fail(f"ltx {command} has no setting '{unused}' (ltx {command} --help lists those that it has)")
+    if command != "train-target":
+        # threads that sleep while they wait for each other: spinning ones, OpenMP's default, make the short loops of
+        # the solvers many times slower where another program runs. Training is quicker with spinning ones.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
     return _hydra(command, overrides)
 
@@ -85,6 +92,16 @@ def _usage() -> str:
             "ltx COMMAND --help lists the settings, ltx COMMAND --cfg job their values.",
         ]
     )
+
+
+def _unused(command: str, overrides: list[str]) -> str | None:
+    """The first setting given that the command does not look at."""
+    from ltx.help import SETTINGS
+
+    for key in (o.lstrip("+~").split("=")[0] for o in overrides if _OVERRIDE.match(o)):
+        if any(name == key and command not in who for name, *_, who in SETTINGS):
+            return key
+    return None
 
 
 def _quoted(key: str, argument: str) -> str:

@@ -101,6 +101,7 @@ class Settings:
             2 <= self.problems <= MAX_PROBLEMS,
             f"problems={self.problems}: must lie between 2 and {MAX_PROBLEMS}; several seeds give more",
         )
+        _require(self.output_dir.strip() != "", "output_dir is empty: it must name a folder")
         _require(
             self.theta is None or math.isfinite(self.theta), f"theta={self.theta}: must be a number, or null for random"
         )

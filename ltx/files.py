@@ -40,6 +40,16 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """LtxError where nothing can be written to `folder`, before long work is done for it."""
+    with contextlib.suppress(_Written), replacing(Path(folder) / "result"):
+        raise _Written
+
+
+class _Written(Exception):
+    """Leaves `replacing` before anything takes its name."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` at once or not at all."""
     with replacing(path) as part:

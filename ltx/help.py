@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 ALL = ("train-target", "construct", "eval", "verify", "tables")
+SUMS = ("subset-sum", "figures", "bench")
 TRAIN = ("train-target",)
 TICKET = ("construct", "eval", "verify", "tables")
-SUMS = ("subset-sum", "figures", "bench")
 FILE = ("eval", "verify")
 
 # key, default, values, meaning, commands that look at it
@@ -46,7 +46,13 @@ SETTINGS = (
     ("device", "auto", "auto, cpu, cuda", "", (*ALL, *SUMS)),
     ("output_dir", "outputs", "DIR", "where artefacts go and are found", (*ALL, *SUMS)),
     ("use_reference", "true", "true, false", "use the targets kept in outputs/reference", ALL),
-    ("force", "false", "true, false", "do the work again although its result is there", (*ALL, "subset-sum")),
+    (
+        "force",
+        "false",
+        "true, false",
+        "do the work again although its result is there",
+        (*ALL, "subset-sum", "figures"),
+    ),
     ("experiment", "null", "mnist_tables", "a ready-made sweep, with --multirun", TICKET),
 )
 
@@ -63,7 +69,7 @@ def command_help(command: str, summary: str) -> str:
             "",
             summary,
             "",
-            "settings (with target=mnist), what they may be, and what they do:",
+            f"settings{'' if command in SUMS else ' (with target=mnist)'}, what they may be, and what they do:",
             *lines,
             "",
             "--multirun runs every combination of listed values; --cfg job prints the resolved settings;",

@@ -80,6 +80,16 @@ def test_help_states_the_settings_as_they_are(ltx):
     assert set(config) <= seen | {"data"}
 
 
+@pytest.mark.parametrize("command", SUMS)
+@pytest.mark.parametrize(("folder", "message"), [("/dev/null/ltx", "cannot write /dev/null/ltx"), ("", "is empty")])
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(ltx, command, folder, message):
+    begin = time.perf_counter()
+    status, out, err = ltx(command, f"output_dir={folder}")
+    assert (status, out) == (1, "")
+    assert message in one_line(err)
+    assert time.perf_counter() - begin < 2
+
+
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
 def test_kept_targets_serve_the_default_settings(ltx, tmp_path, activation):
     """A newcomer constructs for MNIST without training anything."""
@@ -210,6 +220,9 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
         (["subset-sum", "problems=1e9"], "1e9"),
         (["figures", "m=33"], "between 1 and 32"),
         (["bench", "seconds=0"], "seconds=0.0"),
+        (["bench", "m=10"], "ltx bench has no setting 'm'"),
+        (["figures", "law=normal"], "ltx figures has no setting 'law'"),
+        (["subset-sum", "target=digits"], "ltx subset-sum has no setting 'target'"),
         (["train-target", "seed=3"], "target.seed"),
         (["train-target", "protocol.rounds=0"], "at least 1"),
         (["train-target", "target.density=2"], "(0, 1]"),

@@ -57,7 +57,8 @@ def test_summary_is_that_of_the_solutions(selection):
     drawn = sample("uniform", 8, 0.02, selection=selection, problems=500, seed=1)
     found = solve(*draw("uniform", 8, 0, 500, seed=1), 0.02, selection=selection)
     s, solved = summarise(drawn), (found.error <= 0.02).numpy()
-    assert s.failures == (~solved).sum() == 500 - sum(s.size_counts)
+    assert s.failures == (~solved).sum() == 500 - sum(s.size_counts) == sum(s.failed_size_counts)
+    assert math.isclose(s.mean_size_all, found.size.double().mean())
     assert math.isclose(s.mean_error, found.error.mean())
     assert math.isclose(s.mean_size, found.size.numpy()[solved].mean())
     assert s.constant == 8 / -math.log(min(0.02, s.failures / 500))
@@ -139,10 +140,11 @@ def test_subset_sum_command(ltx, tmp_path):
 
 def test_subset_sum_command_replaces_a_file_that_is_cut_short(ltx, tmp_path):
     _, out, _ = ltx("subset-sum", "m=4", "problems=50")
-    Path(out.strip()).write_text('{"law": ')
-    status, _, err = ltx("subset-sum", "m=4", "problems=50")
-    assert (status, "there already" in err) == (0, False)
-    assert json.loads(Path(out.strip()).read_text())["problems"] == 50
+    for damaged in ('{"law": ', '{"size_counts": [], "seconds": 1}'):
+        Path(out.strip()).write_text(damaged)
+        status, _, err = ltx("subset-sum", "m=4", "problems=50")
+        assert (status, "there already" in err) == (0, False)
+        assert json.loads(Path(out.strip()).read_text())["problems"] == 50
 
 
 def test_figures_command(ltx, monkeypatch):
@@ -157,7 +159,9 @@ def test_figures_command(ltx, monkeypatch):
     point = table[(table.law == "uniform") & (table.epsilon == 0.01) & (table.base_set_size == 6)]
     assert point.failures.item() == summarise(sample("uniform", 6, 0.01, problems=400)).failures
     before = (folder / "figure3.svg").read_bytes()
-    ltx("figures", "m=6", "problems=400", "device=cpu")
+    assert "there already" in ltx("figures", "m=6", "problems=400", "device=cpu")[2]
+    (folder / "figure3.svg").unlink()
+    assert ltx("figures", "m=6", "problems=400", "device=cpu")[0] == 0
     assert (folder / "figure3.svg").read_bytes() == before
 
 

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ltx.files import replacing
 from ltx.subset_sum.statistics import Sample, constant, summarise, wilson_interval
@@ -50,7 +50,7 @@ def statistics_figure(best: Sample, smallest: Sample) -> Figure:
         axes[1, 1].set_xlabel("subset size  $|S|$")
         figure.suptitle(
             f"{len(best.error):,} subset-sum problems, {LAW_NAMES[best.law]}, m = {best.base_set_size}, "
-            f"target $\\theta \\sim U[-1, 1]$, ε = {best.epsilon:g}",
+            f"target $\\theta \\sim U[-1, 1]$, ε = {best.epsilon:g}, seed {best.seed}",
             fontsize=10,
         )
     return figure
@@ -59,23 +59,30 @@ def statistics_figure(best: Sample, smallest: Sample) -> Figure:
 def _error_panel(axes: Axes, drawn: Sample, title: str) -> None:
     statistics = summarise(drawn)
     errors, epsilon = drawn.error, drawn.epsilon
-    end = max(float(errors.max()), 2 * epsilon)
-    bins = np.linspace(0, end, 61).tolist()
+    end = float(errors.max()) or epsilon
+    width = end / 60
+    if width / 3 < epsilon <= end:
+        width = epsilon / max(1, round(epsilon / width))  # epsilon is the edge of a bin
+    bins = np.arange(0, end + width, width).tolist()
     axes.hist(errors, bins, weights=np.full(len(errors), 1 / len(errors)), color=BLUE)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.set_ylim(0.7 / len(errors), 1)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, bins[-1])
+    if epsilon < end:
+        axes.axvline(epsilon, color=RED, lw=0.8)
     axes.set_ylabel("share of the problems")
     axes.set_title(title, loc="left")
     half = (statistics.mean_error_interval[1] - statistics.mean_error_interval[0]) / 2
     axes.set_title(
-        f"mean {_scientific(statistics.mean_error, half)};  {100 * statistics.failure_share:.2g} % beyond ε",
+        f"mean {_scientific(statistics.mean_error, half)};  {_percent(statistics.failure_share)} beyond ε",
         loc="right", fontsize=8,
     )  # fmt: skip
-    inset = axes.inset_axes((0.45, 0.53, 0.54, 0.36))
     close = min(epsilon, float(np.quantile(errors, 0.9))) or epsilon
+    if close > 0.15 * end or np.mean(errors <= close) < 0.5:
+        return  # nothing that the panel itself does not show
+    inset = axes.inset_axes((0.45, 0.53, 0.54, 0.36))
     inset.hist(errors, np.linspace(0, close, 31).tolist(), weights=np.full(len(errors), 1 / len(errors)), color=GREEN)
     inset.set_title(f"the smallest {100 * (errors <= close).mean():.3g} % of the errors", fontsize=8, color=GREEN)
     inset.set_xlim(0, close)
@@ -94,7 +101,7 @@ def _size_panel(axes: Axes, drawn: Sample, title: str) -> None:
     sizes = np.arange(drawn.base_set_size + 1)
     axes.bar(sizes, solved, color=BLUE, width=0.8, label="within ε")
     axes.bar(sizes, failed, bottom=solved, color=GREY, width=0.8, label="none within ε: closest")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_xlim(-0.7, drawn.base_set_size + 0.7)
     axes.set_ylim(0, 1.18 * float((solved + failed).max()))
@@ -102,6 +109,10 @@ def _size_panel(axes: Axes, drawn: Sample, title: str) -> None:
     if statistics.mean_size is not None:
         axes.set_title(f"mean {statistics.mean_size:.2f} within ε", loc="right", fontsize=8)
     axes.legend(loc="upper right", fontsize=7.5)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.4g} %"
 
 
 def _scientific(value: float, half: float) -> str:

@@ -23,6 +23,10 @@ _WHERE = {"solve": "solver", "SubsetSums": "solver", "sample": "statistics", "su
           "Sample": "statistics", "Statistics": "statistics"}  # fmt: skip
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str):
     """Import the solvers on first use: settings are checked against the limits without them."""
     if name not in _WHERE:

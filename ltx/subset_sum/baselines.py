@@ -42,7 +42,7 @@ def cp_sat(x: np.ndarray, theta: float, epsilon: float, selection: str) -> Solut
     if not all(float(v * GRID).is_integer() for v in (*x, theta)):
         raise LtxError("CP-SAT takes integers: base sets and targets must be multiples of 2^-23")
     weights, target = [int(v * GRID) for v in x], int(theta * GRID)
-    bound = int(epsilon * GRID)
+    bound = int(min(epsilon, sum(map(abs, x)) + abs(theta)) * GRID)
 
     def minimise(within: int | None) -> Solution | None:
         model = cp_model.CpModel()
@@ -56,6 +56,7 @@ def cp_sat(x: np.ndarray, theta: float, epsilon: float, selection: str) -> Solut
         model.minimize(error * (len(x) + 1) + size if within is None else size * (within + 1) + error)
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
+        solver.parameters.catch_sigint_signal = False  # Ctrl-C is the caller's
         status = solver.solve(model)
         if status == cp_model.INFEASIBLE:
             return None

@@ -29,14 +29,15 @@ MOST_ENUMERATED = 10  # up to this m, `best` looks at all subsets in vectors; be
 class SubsetSums:
     """The chosen subsets of n problems; numpy arrays, or torch tensors on the problems' device, as the problems were.
 
+    mask (n,), unsigned: bit s is set where x_s is chosen; uint32, in torch int64 (it cannot shift unsigned ones).
+    size (n,) int64: how many are chosen. error (n,) float64: |sum_S x - theta|.
+
     Where no subset is within epsilon, `error` exceeds epsilon and the subset is the one of least error.
     """
 
-    mask: (
-        np.ndarray | Tensor
-    )  # (n,) unsigned: bit s is set where x_s is chosen; uint32, in torch int64 (it can't shift)
-    size: np.ndarray | Tensor  # (n,) int64
-    error: np.ndarray | Tensor  # (n,) float64: |sum_S x - theta|
+    mask: np.ndarray | Tensor
+    size: np.ndarray | Tensor
+    error: np.ndarray | Tensor
 
     def members(self, m: int) -> np.ndarray | Tensor:
         """Which of the m values are in the subsets, (n, m) bool."""

@@ -126,9 +126,11 @@ class Statistics:
     mean_error: float  # over all problems, the failures with their closest subset
     mean_error_interval: tuple[float, float]
     error_quantiles: dict[str, float]  # of all problems, by share
+    mean_size_all: float  # over all problems, the failures with their closest subset
     mean_size: float | None  # over the solved problems; None where there is none
     mean_size_interval: tuple[float, float] | None  # None where fewer than two are solved
     size_counts: list[int]  # solved problems by the size of their subset, 0..m
+    failed_size_counts: list[int]  # the failures by the size of their closest subset, 0..m
     # C = m / log(1 / min(epsilon, delta)) of Corollary 2.2, as the paper estimates it; None where nothing failed. Where
     # delta > epsilon, it only says that the corollary needs a larger one
     constant: float | None
@@ -147,9 +149,11 @@ def summarise(drawn: Sample) -> Statistics:
         failure_share_interval=(low, high),
         mean_error=float(drawn.error.mean()), mean_error_interval=_mean_interval(drawn.error),
         error_quantiles={f"{q:g}": float(np.quantile(drawn.error, q)) for q in (0.025, 0.5, 0.975)},
+        mean_size_all=float(drawn.size.mean()),
         mean_size=float(sizes.mean()) if len(sizes) else None,
         mean_size_interval=_mean_interval(sizes) if len(sizes) > 1 else None,
         size_counts=np.bincount(sizes, minlength=m + 1).tolist(),
+        failed_size_counts=np.bincount(drawn.size[~solved], minlength=m + 1).tolist(),
         constant=constant(m, drawn.epsilon, failures / n) if failures else None,
         constant_interval=(constant(m, drawn.epsilon, low), constant(m, drawn.epsilon, high)),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`ltx figures`: Figures 3 and 4, and failures against m, as SVG and PNG, with the numbers behind them as CSV."""
+"""`ltx figures`: Figures 3 and 4, and failures against m, as SVG and PNG, with their statistics as CSV."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ltx import subset_sum
 from ltx.config import Settings
-from ltx.files import write_text
+from ltx.files import require_writable, write_text
 from ltx.report import figures
 from ltx.report.figures import FailureCurve
 from ltx.subset_sum.statistics import Sample, wilson_interval
@@ -27,8 +27,16 @@ FAILURE_SIZES = range(6, 25)
 
 def run(settings: Settings) -> Path:
     """Draw all figures; the folder that holds them."""
-    folder = Path(settings.output_dir) / "figures"
+    s = settings
+    folder = Path(s.output_dir) / "figures" / f"m{s.m}-eps{s.epsilon!r}-n{s.problems}-seed{s.seed}"
     device = settings.torch_device
+    written = [
+        folder / f"{name}.{kind}" for name in ("figure3", "figure4", "failures") for kind in ("svg", "png", "csv")
+    ]
+    if not s.force and all(path.is_file() for path in written):
+        log.info("%s: there already; force=true draws them again", folder)
+        return folder
+    require_writable(folder)
     for number, law in ((3, "uniform"), (4, "product")):
         samples: dict[str, Sample] = {}
         lines = []

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pandas as pd
 
 from ltx import paths, subset_sum
 from ltx.config import Settings
-from ltx.files import write_json, write_text
+from ltx.files import require_writable, write_json, write_text
 from ltx.tasks import provenance
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def run(settings: Settings) -> Path:
         log.info("%s: there already; force=true measures again", path)
         statistics = there
     else:
+        require_writable(path.parent)
         begin = time.perf_counter()
         drawn = subset_sum.sample(
             settings.law.value, settings.m, settings.epsilon, selection=settings.selection.value,
@@ -43,7 +44,7 @@ def run(settings: Settings) -> Path:
     log.info("%s", summary(statistics))
     everything = [s for f in sorted(path.parent.parent.glob("*/statistics.json")) if (s := _read(f)) is not None]
     order = ["law", "selection", "epsilon", "base_set_size", "theta", "problems", "seed"]
-    table = pd.DataFrame([flat(s) for s in everything]).sort_values(order)
+    table = pd.DataFrame([flat(s) for s in everything]).sort_values(order).convert_dtypes()
     write_text(path.parent.parent / "statistics.csv", table.to_csv(index=False))
     return path
 
@@ -56,15 +57,17 @@ def flat(statistics: dict) -> dict:
             line[f"{key}_low"], line[f"{key}_high"] = value or (None, None)
         elif key == "error_quantiles":
             line.update({f"error_quantile_{share}": v for share, v in value.items()})
-        elif key != "size_counts":
+        elif not key.endswith("size_counts"):
             line[key] = value
-    return line | {f"size_{size}": count for size, count in enumerate(statistics["size_counts"])}
+    for key, name in (("size_counts", "size"), ("failed_size_counts", "failed_size")):
+        line.update({f"{name}_{size}": count for size, count in enumerate(statistics[key])})
+    return line
 
 
 def summary(s: dict) -> str:
     """The statistics in one line."""
     low, high = s["failure_share_interval"]
-    size = "-" if s["mean_size"] is None else f"{s['mean_size']:.3f}"
+    size = "-" if s["mean_size"] is None else f"{s['mean_size']:.3f}"  # of the solved ones
     if s["constant"] is None:
         found = f"< {s['constant_interval'][1]:.2f}"
     else:
@@ -75,7 +78,7 @@ def summary(s: dict) -> str:
         f"{s['problems']} problems: "
         f"{100 * s['failure_share']:.3g} % fail ({100 * low:.3g} to {100 * high:.3g}), mean error "
         f"{s['mean_error']:.3g} ({s['mean_error_interval'][0]:.3g} to {s['mean_error_interval'][1]:.3g}), "
-        f"mean size {size}, C {found}; {s['seconds']:.2f} s"
+        f"mean size {size} ({s['mean_size_all']:.3f} with failures), C {found}; {s['seconds']:.2f} s"
     )
 
 
@@ -85,4 +88,5 @@ def _read(path: Path) -> dict | None:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "size_counts" in found and "seconds" in found else None
+    wanted = {f.name for f in fields(subset_sum.Statistics)} | {"seconds"}
+    return found if isinstance(found, dict) and wanted <= set(found) else None
