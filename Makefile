@@ -53,4 +53,4 @@ paper-tables: setup  ## Tables 1 and 2 on MNIST (LTX_DATA says where); PROTOCOL=
 	$(LTX) tables target=mnist protocol=$(PROTOCOL)
 
 clean:  ## remove the virtual environment and what runs wrote, except the kept results
-	rm -rf $(VENV) outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps
+	rm -rf $(VENV) outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps outputs/subset_sum outputs/figures outputs/bench

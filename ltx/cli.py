@@ -69,10 +69,10 @@ def run(arguments: list[str]) -> int:
         return 0
     if command in SUMS and (unused := _unused(command, overrides)):
         return _fail(f"ltx {command} has no setting '{unused}' (ltx {command} --help lists those that it has)")
-    if command != "train-target":
-        # threads that sleep while they wait for each other: spinning ones, OpenMP's default, make the short loops of
-        # the solvers many times slower where another program runs. Training is quicker with spinning ones.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        # waiting threads spin for 20 microseconds, then sleep: by GNU OpenMP's default they spin for milliseconds, and
+        # the short loops of the solvers become many times slower wherever another program runs
+        os.environ["GOMP_SPINCOUNT"] = "10000"
     overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
     return _hydra(command, overrides)
 
