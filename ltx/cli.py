@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
     if command in SUMS and (unused := _unused(command, overrides)):
         return _fail(f"ltx {command} has no setting '{unused}' (ltx {command} --help lists those that it has)")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        # waiting threads spin for 20 microseconds, then sleep: by GNU OpenMP's default they spin for milliseconds, and
+        # waiting threads spin briefly, then sleep: by GNU OpenMP's default they spin for milliseconds, and
         # the short loops of the solvers become many times slower wherever another program runs
         os.environ["GOMP_SPINCOUNT"] = "10000"
     overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +15,7 @@ from ltx.report import figures
 from ltx.report.figures import FailureCurve
 from ltx.subset_sum.statistics import Sample, wilson_interval
 from ltx.tasks import provenance
-from ltx.tasks.subset_sum import flat, summary
+from ltx.tasks.subset_sum import flat, measure, summary
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +39,8 @@ def run(settings: Settings) -> Path:
         samples: dict[str, Sample] = {}
         lines = []
         for selection in ("best", "smallest"):
-            begin = time.perf_counter()
-            samples[selection] = subset_sum.sample(
-                law, settings.m, settings.epsilon, selection=selection, problems=settings.problems,
-                seed=settings.seed, device=device,
-            )  # fmt: skip
-            seconds = time.perf_counter() - begin
-            statistics = asdict(subset_sum.summarise(samples[selection]))
-            lines.append({**statistics, "seconds": seconds, "device": device, **provenance.here()})
+            samples[selection], statistics = measure(settings, law, selection, device)
+            lines.append(statistics)
             log.info("Figure %d: %s", number, summary(lines[-1]))
         figures.save(figures.statistics_figure(samples["best"], samples["smallest"]), folder / f"figure{number}")
         table = pd.DataFrame([flat(line) for line in lines])

@@ -30,15 +30,7 @@ def run(settings: Settings) -> Path:
         statistics = there
     else:
         require_writable(path.parent)
-        begin = time.perf_counter()
-        drawn = subset_sum.sample(
-            settings.law.value, settings.m, settings.epsilon, selection=settings.selection.value,
-            problems=settings.problems, seed=settings.seed, theta=settings.theta, device=device,
-        )  # fmt: skip
-        seconds = time.perf_counter() - begin
-        statistics = {
-            **asdict(subset_sum.summarise(drawn)), "seconds": seconds, "device": device, **provenance.here(),
-        }  # fmt: skip
+        _, statistics = measure(settings, settings.law.value, settings.selection.value, device)
         write_text(path.with_suffix(".csv"), pd.DataFrame([flat(statistics)]).to_csv(index=False))
         write_json(path, statistics)
     log.info("%s", summary(statistics))
@@ -47,6 +39,18 @@ def run(settings: Settings) -> Path:
     table = pd.DataFrame([flat(s) for s in everything]).sort_values(order).convert_dtypes()
     write_text(path.parent.parent / "statistics.csv", table.to_csv(index=False))
     return path
+
+
+def measure(settings: Settings, law: str, selection: str, device: str) -> tuple[subset_sum.Sample, dict]:
+    """A sample with these settings, and its statistics with what made them."""
+    begin = time.perf_counter()
+    drawn = subset_sum.sample(
+        law, settings.m, settings.epsilon, selection=selection, problems=settings.problems, seed=settings.seed,
+        theta=settings.theta, device=device,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begin
+    statistics = asdict(subset_sum.summarise(drawn))
+    return drawn, {**statistics, "seconds": seconds, "device": device, **provenance.here()}
 
 
 def flat(statistics: dict) -> dict:
