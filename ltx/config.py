@@ -34,20 +34,25 @@ class DataSettings:
 class TargetSettings:
     name: str = MISSING
     network: str = MISSING
-    density: float = MISSING  # share kept of every layer at the end
+    density: float | None = MISSING  # share kept of every layer at the end; null: the activation's
+    densities: dict[str, float] = field(default_factory=dict)  # per activation
     scope: Scope = Scope.local  # type: ignore[attr-defined]
     batch_size: int = MISSING
     learning_rate: float = MISSING
     weight_decay: float = 1e-4
     bound: float | None = 0.99  # |theta| <= 1 - eps is an assumption of both theorems
+    crop: int = 0  # training images are shifted by up to so many pixels
+    flip: bool = False  # and mirrored, every other one
     seed: int = 0  # of initialisation and training
     checkpoint: str | None = None  # a given target instead of a trained one
 
     def check(self) -> None:
-        _require(0 < self.density <= 1, f"target.density={self.density}: must lie in (0, 1]")
+        for share in (self.density, *self.densities.values()):
+            _require(share is None or 0 < share <= 1, f"target.density={share}: must lie in (0, 1]")
         _require(self.batch_size >= 1, f"target.batch_size={self.batch_size}: must be at least 1")
         _require(self.learning_rate > 0, f"target.learning_rate={self.learning_rate}: must be positive")
         _require(self.bound is None or self.bound > 0, f"target.bound={self.bound}: must be positive or null")
+        _require(0 <= self.crop <= 16, f"target.crop={self.crop}: must lie between 0 and 16")
         _require(0 <= self.seed < 2**32, f"target.seed={self.seed}: must lie between 0 and 2**32 - 1")
 
 
@@ -108,6 +113,15 @@ class Settings:
         _require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be a positive number")
         _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")
         _require(self.limit is None or self.limit >= 1, f"limit={self.limit}: must be at least 1")
+
+    @property
+    def density(self) -> float:
+        """The share that pruning keeps of every layer; LtxError where the target says none for the activation."""
+        t = self.target
+        share = t.densities.get(self.activation.value) if t.density is None else t.density
+        if share is None:
+            raise LtxError(f"target={t.name} has no density for {self.activation.value}; give one with target.density=")
+        return share
 
     @property
     def torch_device(self) -> str:

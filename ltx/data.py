@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,28 +71,49 @@ def _read_digits(_: Path, train: bool) -> tuple[Tensor, Tensor]:
 def _read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import MNIST
 
-    there = any((root / "MNIST" / "raw").glob("*"))
+    folder = root / "MNIST" / "raw"
+    data = _torchvision("MNIST", MNIST, root, train, folder, "the four idx files")
+    _require_shape("MNIST", folder, data, (60_000 if train else 10_000, 28, 28))
+    return data.data[:, None], data.targets
+
+
+def _read_cifar10(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import CIFAR10
+
+    folder = root / "cifar-10-batches-py"
+    data = _torchvision("CIFAR-10", CIFAR10, root, train, folder, "data_batch_1 to 5, test_batch and batches.meta")
+    _require_shape("CIFAR-10", folder, data, (50_000 if train else 10_000, 32, 32, 3))
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+
+
+def _torchvision(name: str, dataset: Callable[..., Any], root: Path, train: bool, folder: Path, files: str) -> Any:
+    """A data set of torchvision's, downloaded when its files are missing or damaged."""
+    there = any(folder.glob("*"))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the artefact's path
-            data = MNIST(str(root), train=train, download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+            return dataset(str(root), train=train, download=True)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
         what = "holds damaged files" if there else "does not hold it, and it could not be downloaded"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"MNIST: {root} {what} ({reason}); put the four idx files into {root / 'MNIST' / 'raw'}, or name "
+            f"{name}: {folder if there else root} {what} ({reason}); put {files} into {folder}, or name "
             "another folder with data.root=DIR or the variable LTX_DATA; target=digits needs no files"
         ) from error
-    wanted = 60_000 if train else 10_000
-    if tuple(data.data.shape) != (wanted, 28, 28) or len(data.targets) != wanted:
+
+
+def _require_shape(name: str, folder: Path, data: Any, shape: tuple[int, ...]) -> None:
+    if tuple(data.data.shape) != shape or len(data.targets) != shape[0]:
         raise DataError(
-            f"MNIST: {root / 'MNIST' / 'raw'} holds {len(data.data)} images and {len(data.targets)} labels "
-            f"instead of {wanted}; remove the folder to download it again, or put the original files there"
+            f"{name}: {folder} holds {len(data.data)} images and {len(data.targets)} labels "
+            f"instead of {shape[0]}; remove the folder to download it again, or put the original files there"
         )
-    return data.data[:, None], data.targets
 
 
 DATASETS: dict[str, DatasetSpec] = {
     "mnist": DatasetSpec("mnist", (1, 28, 28), 10, (0.1307,), (0.3081,), _read_mnist),
+    "cifar10": DatasetSpec(
+        "cifar10", (3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _read_cifar10
+    ),
     "digits": DatasetSpec("digits", (1, 8, 8), 10, (0.3053,), (0.3761,), _read_digits),
 }
 

@@ -1,10 +1,11 @@
-"""Training a Synflow-pruned target: rounds of one pruning step and some epochs, resumable after every round."""
+"""Training a Synflow-pruned target: rounds of one pruning step and some epochs, resumable after every epoch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ class Protocol:
     weight_decay: float = 1e-4
     scope: str = "local"
     bound: float | None = 0.99  # parameters are kept in [-bound, bound]: both theorems assume |theta| <= 1 - eps
+    crop: int = 0  # images are shifted by up to so many pixels in either direction, at random
+    flip: bool = False  # and mirrored, every other one
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ def fast_bf16(device: str) -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+SAVE_EVERY = 20.0  # seconds; a checkpoint is written at the end of the first epoch behind them
+
+
 def train(
     model: nn.Module,
     data: Split,
@@ -63,8 +69,9 @@ def train(
 ) -> float:
     """Train `model` in place and return its test accuracy in percent.
 
-    The order of the images depends on (seed, round, epoch) alone and every round starts a fresh optimizer, so
-    a run that resumes from `checkpoint` (written after every round) ends where an unbroken one ends.
+    What happens in an epoch depends on (seed, round, epoch) alone and every round starts a fresh optimizer, so a
+    run that resumes from `checkpoint` (written after every round, and after an epoch where the last one is older
+    than SAVE_EVERY) ends where an unbroken one ends.
 
     Args:
         density: final share kept of every prunable parameter (one number), or one per parameter name.
@@ -79,50 +86,67 @@ def train(
         {"protocol": asdict(protocol), "density": density, "seed": seed, "shapes": shapes, "images": len(data)},
         sort_keys=True,
     )
+    start = _resume(model, checkpoint, settings) if checkpoint else _Start()
 
-    def keep(done: int) -> None:
+    def keep(round_: int, epoch: int, optimizer: Mapping[str, Tensor]) -> None:
         if checkpoint:
-            write_tensors(checkpoint, model.state_dict(), {"round": str(done), "settings": settings})
+            state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+            metadata = {"round": str(round_), "epoch": str(epoch), "settings": settings}
+            write_tensors(checkpoint, state | dict(optimizer), metadata)
 
-    done = _resume(model, checkpoint, settings) if checkpoint else 0
-    if not done:
-        keep(0)  # a folder that cannot be written to shows before the first round, not after it
+    if start.round == 1 and start.epoch == 1:
+        keep(1, 1, {})  # a folder that cannot be written to shows before the first epoch, not after it
     shape = tuple(data.images.shape[1:])
     model.to(device)
     keep_freed_memory()
-    for round_ in range(done + 1, protocol.rounds + 1):
-        step = (
-            {k: synflow.density_after(round_, protocol.rounds, d) for k, d in density.items()}
-            if isinstance(density, Mapping)
-            else synflow.density_after(round_, protocol.rounds, density)
-        )
-        synflow.prune(model, shape, step, scope=protocol.scope)
-        _train_round(model, data, test, protocol, round_, seed, on_progress)
-        keep(round_)
+    for round_ in range(start.round, protocol.rounds + 1):
+        if start.epoch == 1:
+            step = (
+                {k: synflow.density_after(round_, protocol.rounds, d) for k, d in density.items()}
+                if isinstance(density, Mapping)
+                else synflow.density_after(round_, protocol.rounds, density)
+            )
+            synflow.prune(model, shape, step, scope=protocol.scope)
+        _train_round(model, data, test, protocol, round_, start, seed, keep, on_progress)
+        keep(round_ + 1, 1, {})
+        start = _Start()
     return accuracy(model, test)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where a run goes on: at the begin of an epoch, with the optimizer as it was then."""
+
+    round: int = 1
+    epoch: int = 1
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def _train_round(
-    model: nn.Module, data: Split, test: Split, protocol: Protocol, round_: int, seed: int,
-    on_progress: Callable[[Progress], None],
+    model: nn.Module, data: Split, test: Split, protocol: Protocol, round_: int, start: _Start, seed: int,
+    keep: Callable[[int, int, Mapping[str, Tensor]], None], on_progress: Callable[[Progress], None],
 ) -> None:  # fmt: skip
     device = str(data.images.device)
-    steps = protocol.epochs * (len(data) // min(protocol.batch_size, len(data)))
-    warm_up = 0.2 if steps != 5 else 0.3  # OneCycleLR divides by pct_start * total_steps - 1
+    steps = len(data) // min(protocol.batch_size, len(data))
+    warm_up = 0.2 if protocol.epochs * steps != 5 else 0.3  # OneCycleLR divides by pct_start * total_steps - 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=protocol.learning_rate,
-        total_steps=steps,
+        total_steps=protocol.epochs * steps,
         pct_start=warm_up,
         anneal_strategy="linear",
     )
+    if start.epoch > 1:
+        done = (start.epoch - 1) * steps
+        _restore(optimizer, schedule, model, start.optimizer, done)
     bounded = [parameter.data for parameter, _ in prunable(model).values()]
     amp = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=fast_bf16(device))
-    for epoch in range(1, protocol.epochs + 1):
+    saved = time.monotonic()
+    for epoch in range(start.epoch, protocol.epochs + 1):
         model.train()
         total, count = torch.zeros((), device=device), 0
-        for images, labels in _batches(data, protocol.batch_size, seed=(seed, round_, epoch)):
+        for images, labels in _batches(data, protocol, seed=(seed, round_, epoch)):
             with amp:
                 logits = model(images.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits.float(), labels)
@@ -135,24 +159,65 @@ def _train_round(
                     parameter.clamp_(-protocol.bound, protocol.bound)
             total, count = total + loss.detach(), count + 1
         last = epoch == protocol.epochs
+        if not last and time.monotonic() - saved > SAVE_EVERY:
+            keep(round_, epoch + 1, _optimizer_state(optimizer, model))
+            saved = time.monotonic()
         on_progress(Progress(round_, epoch, float(total) / count, accuracy(model, test) if last else None))
 
 
-def _batches(data: Split, size: int, *, seed: tuple[int, int, int]):
-    """Whole batches of a shuffled split; the order is drawn on the CPU, so that it is the same on any device."""
+def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """AdamW's moments and step counts under the parameters' names."""
+    return {
+        f"optimizer.{key}.{name}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore(optimizer, schedule, model: nn.Module, state: Mapping[str, Tensor], steps: int) -> None:
+    """Bring a fresh optimizer and its schedule to where they were after `steps` steps."""
+    for name, tensor in state.items():
+        _, key, parameter = name.split(".", 2)
+        like = model.get_parameter(parameter)
+        optimizer.state[like][key] = tensor if key == "step" else tensor.to(like.device)
+    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
+    for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
+        group["lr"] = rate
+
+
+def _batches(data: Split, protocol: Protocol, *, seed: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole batches of a shuffled split, shifted and mirrored; drawn on the CPU, so the same on any device."""
     base, round_, epoch = seed
     generator = torch.Generator().manual_seed(((base << 12) + round_ << 16) + epoch)
-    order: Tensor = torch.randperm(len(data), generator=generator).to(data.labels.device)
-    size = min(size, len(data))
-    for start in range(0, len(data) - size + 1, size):
-        index = order[start : start + size]
-        yield data.images[index], data.labels[index]
+    device, n = data.labels.device, len(data)
+    order: Tensor = torch.randperm(n, generator=generator).to(device)
+    crop, (height, width) = protocol.crop, data.images.shape[2:]
+    shifts = torch.randint(0, 2 * crop + 1, (n, 2), generator=generator).to(device) if crop else None
+    mirrored = (torch.rand(n, generator=generator) < 0.5).to(device) if protocol.flip else None
+    size = min(protocol.batch_size, n)
+    for start in range(0, n - size + 1, size):
+        part = slice(start, start + size)
+        images = data.images[order[part]]
+        if mirrored is not None:
+            images = torch.where(mirrored[part, None, None, None], images.flip(3), images)
+        if shifts is not None:
+            images = _shifted(nn.functional.pad(images, (crop,) * 4), shifts[part], height, width)
+        yield images, data.labels[order[part]]
 
 
-def _resume(model: nn.Module, checkpoint: Path, settings: str) -> int:
-    """Load the checkpoint if there is one; the number of rounds that are done."""
+def _shifted(padded: Tensor, shifts: Tensor, height: int, width: int) -> Tensor:
+    """Of every padded image the window of height x width whose upper left corner is at its shift (B, 2)."""
+    rows = shifts[:, 0, None] + torch.arange(height, device=shifts.device)  # (B, H)
+    columns = shifts[:, 1, None] + torch.arange(width, device=shifts.device)  # (B, W)
+    images = torch.arange(len(padded), device=shifts.device)[:, None, None]
+    # (B, H, W, C) comes out, which is the layout that convolutions want
+    return padded.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _resume(model: nn.Module, checkpoint: Path, settings: str) -> _Start:
+    """Load the checkpoint if there is one; where to go on."""
     if not checkpoint.is_file():
-        return 0
+        return _Start()
     from safetensors import SafetensorError
 
     try:
@@ -164,5 +229,6 @@ def _resume(model: nn.Module, checkpoint: Path, settings: str) -> int:
             f"{checkpoint}: was written by a run with other settings; remove it to start again, "
             "or choose another output_dir"
         )
-    model.load_state_dict(state)
-    return int(metadata["round"])
+    model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
+    moments = {name: tensor for name, tensor in state.items() if name.startswith("optimizer.")}
+    return _Start(int(metadata["round"]), int(metadata["epoch"]), moments)

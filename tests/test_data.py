@@ -53,5 +53,5 @@ def test_unreachable_mnist_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_unknown_data_set():
-    with pytest.raises(LtxError, match="'svhn' is not known; there are mnist, digits"):
+    with pytest.raises(LtxError, match="'svhn' is not known; there are mnist, cifar10, digits"):
         data.load("svhn", train=True)

@@ -67,7 +67,7 @@ def test_checkpoint_of_other_settings_is_refused(splits, tmp_path):
 
 def test_order_of_images_depends_on_seed_round_and_epoch(splits):
     def first(*seed):
-        return next(training._batches(splits[0], 64, seed=seed))[1]
+        return next(training._batches(splits[0], PROTOCOL, seed=seed))[1]
 
     assert torch.equal(first(0, 1, 1), first(0, 1, 1))
     assert not torch.equal(first(0, 1, 1), first(1, 1, 1))

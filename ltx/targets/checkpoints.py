@@ -93,8 +93,9 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, network: str) -> nn.M
         CheckpointError: keys or shapes are not the network's, or a mask has entries other than 0 and 1.
     """
     expected = model.state_dict()
-    missing = [name for name in expected if name not in checkpoint.state]
-    extra = [name for name in checkpoint.state if name not in expected]
+    state = _without_ones(checkpoint.state, expected)
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
     if missing or extra:
         sample = ", ".join([f"no '{n}'" for n in missing[:2]] + [f"unexpected '{n}'" for n in extra[:2]])
         raise CheckpointError(
@@ -102,15 +103,27 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, network: str) -> nn.M
             f"{len(extra)} unexpected); choose the target= it was made for"
         )
     for name, tensor in expected.items():
-        if tensor.shape != checkpoint.state[name].shape:
+        if tensor.shape != state[name].shape:
             raise CheckpointError(
-                f"checkpoint {checkpoint.path}: '{name}' has shape {tuple(checkpoint.state[name].shape)}, "
+                f"checkpoint {checkpoint.path}: '{name}' has shape {tuple(state[name].shape)}, "
                 f"{network} needs {tuple(tensor.shape)}; choose the target= it was made for"
             )
-        if name.endswith("_mask") and not ((checkpoint.state[name] == 0) | (checkpoint.state[name] == 1)).all():
+        if name.endswith("_mask") and not ((state[name] == 0) | (state[name] == 1)).all():
             raise CheckpointError(f"checkpoint {checkpoint.path}: mask '{name}' has entries other than 0 and 1")
-    model.load_state_dict(checkpoint.state)
+    model.load_state_dict(state)
     return model.eval()
+
+
+def _without_ones(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what Synaptic-Flow writes and what does nothing: masks of batch norm and identity shortcuts, all ones."""
+
+    def idle(name: str, tensor: Tensor) -> bool:
+        parameter = name.removesuffix("_mask")
+        mask = name != parameter and parameter in expected
+        identity = parameter.endswith("shortcut.weight") and tensor.shape[1:] == (1, 1)
+        return name not in expected and (mask or identity) and bool((tensor == 1).all())
+
+    return {name: tensor for name, tensor in state.items() if not idle(name, tensor)}
 
 
 def save_target(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:

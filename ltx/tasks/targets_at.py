@@ -34,6 +34,7 @@ def protocol_of(settings: Settings) -> training.Protocol:
     return training.Protocol(
         rounds=settings.protocol.rounds, epochs=settings.protocol.epochs, batch_size=t.batch_size,
         learning_rate=t.learning_rate, weight_decay=t.weight_decay, scope=t.scope.value, bound=t.bound,
+        crop=t.crop, flip=t.flip,
     )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def _require_same(settings: Settings, path: Path) -> None:
 def _differences(settings: Settings, metadata: dict[str, str]) -> dict[str, str]:
     """Training settings in which a target file differs from the settings, each with a phrase."""
     was = json.loads(metadata.get("training", "{}"))
-    now = {**asdict(protocol_of(settings)), "density": settings.target.density}
+    now = {**asdict(protocol_of(settings)), "density": settings.density}
+    was = asdict(training.Protocol()) | was  # files may be older than a setting, which then had its default
     return {k: f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v}
 
 

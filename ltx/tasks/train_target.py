@@ -59,7 +59,7 @@ def _train(settings: Settings, path: Path) -> Path:
                 )
 
         accuracy = training.train(
-            model, train_split, test_split, protocol, settings.target.density,
+            model, train_split, test_split, protocol, settings.density,
             seed=settings.target.seed, checkpoint=checkpoint, on_progress=show,
         )  # fmt: skip
     kept = sum(int(mask.sum()) for _, mask in targets.prunable(model).values())
@@ -70,7 +70,7 @@ def _train(settings: Settings, path: Path) -> Path:
             "network": settings.target.network, "activation": settings.activation.value,
             "data": settings.data.name, "accuracy": f"{accuracy:.4f}", "protocol": settings.protocol.name,
             "seed": str(settings.target.seed), "kept_parameters": str(kept),
-            "training": json.dumps({**asdict(protocol), "density": settings.target.density}, sort_keys=True),
+            "training": json.dumps({**asdict(protocol), "density": settings.density}, sort_keys=True),
             "made_by": json.dumps(provenance.here(), sort_keys=True),
         },
     )  # fmt: skip
