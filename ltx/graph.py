@@ -41,15 +41,24 @@ def above(parameters: Tensor, epsilon: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class BatchNorm:
+    """Batch norm in eval mode: channel c is multiplied by scale[c], then shift[c] is added."""
+
+    scale: Tensor  # (C,) float32 on the CPU: gamma / sqrt(var + eps)
+    shift: Tensor  # (C,): beta - mean * scale
+
+
+@dataclass(frozen=True)
 class Node:
     """One operation of the target."""
 
     name: str
-    op: str  # input | layer | activation | flatten | max_pool | output
+    op: str  # input | layer | batch_norm | activation | add | flatten | max_pool | avg_pool | output
     inputs: tuple[str, ...] = ()
     layer: Layer | None = None
     activation: Activation | None = None
-    attributes: dict = field(default_factory=dict)  # of a pooling: kernel_size, stride, padding
+    batch_norm: BatchNorm | None = None
+    attributes: dict = field(default_factory=dict)  # of a pooling: kernel_size (None: global), stride, padding
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,24 @@ class Graph:
     def layers(self) -> dict[str, Layer]:
         """Name -> layer, in the order in which they run."""
         return {node.name: node.layer for node in self.nodes if node.layer is not None}
+
+    def __getitem__(self, name: str) -> Node:
+        return next(node for node in self.nodes if node.name == name)
+
+    def readers(self, name: str) -> list[Node]:
+        """The nodes that read `name`, in their order."""
+        return [node for node in self.nodes if name in node.inputs]
+
+    def is_projection(self, name: str) -> bool:
+        """Whether layer `name` is a projection shortcut: it is added to another path from the same input.
+
+        Its output reaches an add before any activation, and its input has other readers, as that of a residual
+        block has.
+        """
+        after = self.readers(name)
+        while len(after) == 1 and after[0].op == "batch_norm":
+            after = self.readers(after[0].name)
+        return [node.op for node in after] == ["add"] and len(self.readers(self[name].inputs[0])) > 1
 
     @property
     def head(self) -> str:
@@ -83,11 +110,46 @@ class Graph:
             entry: list = [node.op, [position[name] for name in node.inputs], sorted(node.attributes.items())]
             if node.activation is not None:
                 entry += [node.activation.name, node.activation.slope_neg]
+            if node.batch_norm is not None:
+                tensors[f"{node.name}.scale"], tensors[f"{node.name}.shift"] = (
+                    node.batch_norm.scale, node.batch_norm.shift,
+                )  # fmt: skip
             if node.layer is not None:
                 entry += [node.name, node.layer.kind, node.layer.stride, node.layer.padding, node.layer.dilation]
                 tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"] = node.layer.weight, node.layer.bias
             operations.append(entry)
         return hashlib.sha256((json.dumps(operations) + tensor_hash(tensors)).encode()).hexdigest()
+
+
+def fold_batch_norm(graph: Graph) -> Graph:
+    """The same network with every batch norm folded into the weights and biases of the layer in front of it.
+
+    Raises:
+        ConstructionError: a batch norm is not directly behind a layer that nothing else reads.
+    """
+    nodes, alias = {node.name: node for node in graph.nodes}, {}
+    for node in graph.nodes:
+        norm = node.batch_norm
+        if norm is None:
+            continue
+        layer = nodes[node.inputs[0]].layer
+        if layer is None or len(graph.readers(node.inputs[0])) != 1:
+            raise ConstructionError(
+                f"batch norm '{node.name}' does not stand directly behind a layer of its own, so that it cannot be "
+                "folded; use batch_norm='keep'"
+            )
+        scale = norm.scale.double()
+        weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
+        bias = layer.bias.double() * scale + norm.shift.double()
+        folded = replace(layer, weight=weight.float() + 0.0, bias=bias.float() + 0.0)
+        nodes[node.inputs[0]] = replace(nodes[node.inputs[0]], layer=folded)
+        alias[node.name] = node.inputs[0]
+    return Graph(
+        tuple(
+            replace(node, inputs=tuple(alias.get(name, name) for name in node.inputs))
+            for node in nodes.values() if node.name not in alias
+        )
+    )  # fmt: skip
 
 
 class _Tracer(fx.Tracer):
@@ -115,7 +177,7 @@ def trace(model: nn.Module) -> Graph:
     nodes: list[Node] = []
     alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
     for fx_node in traced.nodes:
-        inputs = tuple(alias[a.name] for a in fx_node.all_input_nodes)
+        inputs = tuple(alias[a.name] for a in _tensors(fx_node))
         node = _convert(model, fx_node, inputs)
         if node is None:
             alias[fx_node.name] = inputs[0]
@@ -132,6 +194,12 @@ def trace(model: nn.Module) -> Graph:
     if len(inputs) != 1:
         raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
     return Graph(tuple(nodes))
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The nodes that an operation reads, one that is read twice (x + x) twice."""
+    direct = [a for a in node.args if isinstance(a, fx.Node)]
+    return direct if len(direct) > len(node.all_input_nodes) else node.all_input_nodes
 
 
 def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node | None:
@@ -162,6 +230,16 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
         if (module.start_dim, module.end_dim) != (1, -1):
             raise _refuse(name, "Flatten", "only start_dim=1, end_dim=-1 keeps one row per image")
         return Node(name, "flatten", inputs)
+    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+        return Node(name, "batch_norm", inputs, batch_norm=_batch_norm(name, module))
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return _average(name, inputs, "AdaptiveAvgPool2d", module.output_size)
+    if isinstance(module, nn.AvgPool2d):
+        if module.ceil_mode or _pair(module.padding) != (0, 0) or module.divisor_override:
+            raise _refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
+        size = _pair(module.kernel_size)
+        attributes = {"kernel_size": size, "stride": _pair(module.stride or size)}
+        return Node(name, "avg_pool", inputs, attributes=attributes)
     if isinstance(module, nn.MaxPool2d):
         if module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1):
             raise _refuse(name, "MaxPool2d", "ceil_mode, return_indices and dilation are not supported")
@@ -173,7 +251,7 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
     for activation in ACTIVATIONS.values():
         if type(module) is type(activation.module()):
             return Node(name, "activation", inputs, activation=activation)
-    known = "Conv2d, Linear, Flatten, MaxPool2d, Dropout, " + ", ".join(
+    known = "Conv2d, Linear, BatchNorm2d, Flatten, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, " + ", ".join(
         type(a.module()).__name__ for a in ACTIVATIONS.values()
     )
     raise _refuse(name, type(module).__name__, f"not supported; there are {known}")
@@ -197,9 +275,42 @@ def _convert_function(node: fx.Node, inputs: tuple[str, ...]) -> Node:
         end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
         if (start, end) == (1, -1):
             return Node(node.name, "flatten", inputs)
+    if node.target in _ADDITIONS:
+        if len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
+            raise _refuse(node.name, "add", "only the sum of two streams is supported")
+        return Node(node.name, "add", inputs)
+    if node.target is nn.functional.adaptive_avg_pool2d:
+        size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+        return _average(node.name, inputs, "adaptive_avg_pool2d", size)
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    why = "sums of streams are not supported" if node.target in (operator.add, torch.add) else "not supported"
-    raise _refuse(node.name, str(what), why)
+    raise _refuse(node.name, str(what), "not supported")
+
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+def _average(name: str, inputs: tuple[str, ...], what: str, size) -> Node:
+    if size not in (1, (1, 1), [1, 1]):
+        raise _refuse(name, what, f"output_size {size}: only the average over the whole image, output_size 1")
+    return Node(name, "avg_pool", inputs, attributes={"kernel_size": None, "stride": None})
+
+
+def _batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm:
+    """Scale and shift with the running statistics, computed in float64."""
+    if module.running_mean is None or module.running_var is None:
+        raise _refuse(name, type(module).__name__, "without running statistics it is no fixed function")
+    with torch.no_grad():
+        variance = module.running_var.double().cpu() + module.eps
+        gamma, beta = (
+            torch.full_like(variance, value) if p is None else p.detach().double().cpu()
+            for p, value in ((module.weight, 1.0), (module.bias, 0.0))
+        )
+        scale = gamma / variance.sqrt()
+        shift = beta - module.running_mean.double().cpu() * scale
+    for part, tensor in (("scale", scale), ("shift", shift)):
+        if not torch.isfinite(tensor).all():
+            raise _refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
+    return BatchNorm(scale.float() + 0.0, shift.float() + 0.0)
 
 
 def _convolution(name: str, module: nn.Conv2d) -> Layer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class TicketNetwork(nn.Module):
         # a tensor without channels is more than torch can convolve: keep one where nothing is read
         self._read = {n: c if len(c) else torch.zeros(1, dtype=torch.int64) for n, c in ticket.read_channels().items()}
         self._keys = {node.name: f"node{position}" for position, node in enumerate(ticket.graph)}
-        image: set[str] = set()  # nodes before the first layer, which have all of the image's channels
+        self._image = image = set[str]()  # nodes before the first layer, which have all of the image's channels
         for node in ticket.graph:
             if node.op == "input" or (node.op not in ("layer", "given") and node.inputs[0] in image):
                 image.add(node.name)
@@ -37,6 +39,10 @@ class TicketNetwork(nn.Module):
                 weight = ticket.given[f"{node.name}.weight"]
                 weight = weight.view(len(weight), -1, node.attributes["taps"])[:, self._read[node.inputs[0]]]
                 self._hold(node.name, weight.flatten(1), ticket.given[f"{node.name}.bias"])
+            elif node.op == "batch_norm":
+                scale, shift = (ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
+                self._hold(node.name, scale[self._read[node.name]], shift[self._read[node.name]])
+        self._last_use = {name: n for n, node in enumerate(ticket.graph) for name in node.inputs}
 
     def _add_layer(self, ticket: Ticket, node: TicketNode, *, whole: bool) -> None:
         """Hold the rows of a source layer that are read, its columns renumbered to the channels that are there."""
@@ -65,34 +71,70 @@ class TicketNetwork(nn.Module):
         self.register_buffer(f"{key}_bias", bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        values: dict[str, Tensor] = {}
-        for node in self.graph:
-            values[node.name] = images if node.op == "input" else self._run(node, values[node.inputs[0]])
-        return values[self.graph[-1].name]
+        return self.run(images)[self.graph[-1].name]
 
-    def _run(self, node: TicketNode, x: Tensor) -> Tensor:
+    def run(self, images: Tensor, *, keep: Collection[str] = ()) -> dict[str, Tensor]:
+        """The output's value and those of the nodes `keep`, each of the channels that are read."""
+        values: dict[str, Tensor] = {}
+        for position, node in enumerate(self.graph):
+            values[node.name] = images if node.op == "input" else self._run(node, [values[n] for n in node.inputs])
+            for name in node.inputs:  # wide tensors: none is held longer than it is read
+                if self._last_use[name] == position and name not in keep:
+                    values.pop(name, None)
+        return values
+
+    def channels(self, node: str) -> Tensor:
+        """The channels of a node that are read: those that its tensor here has."""
+        return self._read[node]
+
+    def _run(self, node: TicketNode, inputs: list[Tensor]) -> Tensor:
+        x = inputs[0]
         if node.op in ("layer", "given"):
             return self._apply_layer(node, x)
+        if node.op == "output":
+            x = self._narrow(x, node.inputs[0], torch.tensor(node.attributes["rows"]))
+            return x.flatten(1) if node.attributes.get("flatten") else x
+        if node.inputs[0] not in self._image:
+            inputs = [
+                self._narrow(x, name, self._read[node.name]) for x, name in zip(inputs, node.inputs, strict=True)
+            ]
+            x = inputs[0]
+        if node.op == "add":
+            return inputs[0] + inputs[1]
         if node.op == "activation":
             return from_attributes(node.attributes).fn(x)
+        if node.op == "batch_norm":
+            scale, shift = self._held(node.name)
+            return x * scale.view(-1, *[1] * (x.ndim - 2)) + shift.view(-1, *[1] * (x.ndim - 2))
         if node.op == "flatten":
             return x.flatten(1)
         if node.op == "max_pool":
             return nn.functional.max_pool2d(
                 x, node.attributes["kernel_size"], node.attributes["stride"], node.attributes["padding"]
             )
-        if node.op == "output":
-            rows = torch.tensor(node.attributes["rows"])
-            x = x[:, torch.searchsorted(self._read[node.inputs[0]], rows)]
-            return x.flatten(1) if node.attributes.get("flatten") else x
+        if node.op == "avg_pool":
+            size = node.attributes["kernel_size"]
+            if size is None:
+                return x.mean((2, 3), keepdim=True)
+            return nn.functional.avg_pool2d(x, size, node.attributes["stride"])
         raise ValueError(f"node '{node.name}': operation '{node.op}' is not known")
+
+    def _narrow(self, x: Tensor, name: str, channels: Tensor) -> Tensor:
+        """Of a node's tensor the given channels, which are among those that are read."""
+        read = self._read[name]
+        if torch.equal(read, channels):
+            return x
+        return x[:, torch.searchsorted(read, channels).clamp_max(len(read) - 1).to(x.device)]
+
+    def _held(self, name: str) -> tuple[Tensor, Tensor]:
+        key = self._keys[name]
+        return self.get_buffer(f"{key}_weight"), self.get_buffer(f"{key}_bias")
 
     def _apply_layer(self, node: TicketNode, x: Tensor) -> Tensor:
         sparse = self._sparse.get(node.name)
         if sparse is not None and x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad:
             return sparse(x)
-        key = self._keys[node.name]
-        weight, bias = self.get_buffer(f"{key}_weight"), self.get_buffer(f"{key}_bias")
+        weight, bias = self._held(node.name)
         if weight.ndim == 2:
             return nn.functional.linear(x, weight, bias)
         layer = self._layers[node.attributes["layer"]]

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltx.activations import ACTIVATIONS, Activation
-from ltx.constructions.builder import Outputs, Plan, Stream, TicketBuilder
+from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.l_plus_one import direct
+from ltx.constructions.layout import constant_value, layout
+from ltx.constructions.streams import Stream
 from ltx.constructions.two_for_one import two_for_one
 from ltx.errors import ConstructionError
-from ltx.graph import Graph, Node, above, trace
+from ltx.graph import Graph, Node, fold_batch_norm, trace
 from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
@@ -39,6 +41,7 @@ def construct(
     selection: str = "smallest",
     head: str = "keep",
     scaling: str = "unit",
+    batch_norm: str = "keep",
     input_range: tuple[float, float] = (-1.0, 1.0),
     device: str = "cpu",
     on_statistics: Callable[[Statistics], None] = lambda _: None,
@@ -57,6 +60,8 @@ def construct(
             approximates it like any other layer.
         scaling: `unit` draws from [-1, 1] (the paper's); `layer_max` from [-s, s] where a target layer has
             entries of magnitude s beyond 1.
+        batch_norm: `keep` takes it from the target, uncounted, each slot that of its channel (the paper's); `fold`
+            folds it into weights and biases first.
         input_range: the least and largest value of an input element; decides whether negative inputs need base
             sets of their own, and how far tanh or sigmoid have to be scaled down to be linear on the inputs.
         device: where the source is computed and the problems are solved, `cpu` or `cuda`. The ticket is the
@@ -70,6 +75,7 @@ def construct(
     for name, value, known in (
         ("head", head, ("keep", "construct")),
         ("scaling", scaling, ("unit", "layer_max")),
+        ("batch_norm", batch_norm, ("keep", "fold")),
     ):
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
@@ -81,7 +87,8 @@ def construct(
         raise ConstructionError(f"seed {seed} must lie between 0 and 2**64 - 1")
     graph = model if isinstance(model, Graph) else trace(model)
     builder = TicketBuilder(Plan(base_set_size, epsilon, seed, selection, scaling, device))
-    _Walk(graph, builder, construction, head).run(input_range)
+    walked = fold_batch_norm(graph) if batch_norm == "fold" else graph
+    _Walk(walked, builder, construction, head).run(input_range)
     on_statistics(Statistics(builder.problems, builder.failures))
     names = dict.fromkeys(n.activation.name for n in graph.nodes if n.activation is not None)
     return builder.finish(
@@ -98,129 +105,124 @@ class _Walk:
 
     def __init__(self, graph: Graph, builder: TicketBuilder, construction: str, head: str):
         self.graph, self.builder, self.construction = graph, builder, construction
-        self.nodes = {node.name: node for node in graph.nodes}
         self.kept = graph.head if head == "keep" else None
-        self.order = [name for name in graph.layers if name != self.kept]
-        if not self.order:
+        if all(name == self.kept for name in graph.layers):
             raise ConstructionError("the network has no layer besides its head; use head='construct'")
+        self.layout = layout(graph, builder.plan.epsilon, kept=self.kept)
+        self.streams = {name: Stream() for name in self.layout.writers}
 
     def run(self, input_range: tuple[float, float]) -> None:
         lo, hi = input_range
         if not lo < hi:
             raise ConstructionError(f"input_range {input_range}: the first value must be below the second")
-        none, empty = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-        streams: dict[str, Stream] = {}
+        places: dict[str, Place] = {}
         for node in self.graph.nodes:
+            inputs = [places[name] for name in node.inputs]
             if node.op == "input":
                 name = self.builder.add_node("input", "input", ())
-                streams[node.name] = Stream(name, None, none, empty, max(abs(lo), abs(hi)), lo >= 0)
+                places[node.name] = Place(name, None, (), node.name, max(abs(lo), abs(hi)), lo >= 0)
             elif node.op == "layer":
-                streams[node.name] = self._layer(node, streams[node.inputs[0]])
+                places[node.name] = self._layer(node, inputs[0])
             elif node.op == "output":
-                stream = streams[node.inputs[0]]
-                rows = [] if stream.slots is None else stream.slots[:, 0].tolist()
-                flatten = {"flatten": True} if stream.unflattened else {}
-                self.builder.add_node("output", "output", (stream.unflattened or stream.node,), rows=rows, **flatten)
+                self._output(inputs[0])
             else:
-                streams[node.name] = self._elementwise(node, streams[node.inputs[0]])
+                places[node.name] = replace(self._elementwise(node, inputs), **self._constant(node))
 
-    def _elementwise(self, node: Node, stream: Stream) -> Stream:
+    def _output(self, place: Place) -> None:
+        rows: list[int] = []
+        if place.stream is not None and self.graph[place.target].name == self.kept:
+            rows = list(range(len(self.graph.layers[place.target].weight)))
+        elif place.stream is not None:
+            writer = self.graph.layers[place.behind[0]]
+            rows = place.stream.take(place.behind, torch.arange(len(writer.weight)), 1, 0)[0][:, 0].tolist()
+        flatten = {"flatten": True} if place.flat and not place.vector else {}
+        self.builder.add_node("output", "output", (place.node,), rows=rows, **flatten)
+
+    def _constant(self, node: Node) -> dict:
+        """How a place tells the values of constant slots."""
+        stream = self.layout.stream[node.name]
+        how = self.layout.constants.get(stream)
+        if how is None:
+            return {}
+
+        def value(slots: Tensor) -> Tensor:
+            first = self.layout.writers[stream][0]
+            start = {first: self.streams[stream].writers[first].sums[slots]}
+            return constant_value(self.graph, node.name, start, torch.full_like(slots, how.norm))
+
+        return {"constant": value}
+
+    def _elementwise(self, node: Node, inputs: list[Place]) -> Place:
         """An operation that treats every channel alike, so that slots stay where they are."""
-        builder = self.builder
+        builder, place = self.builder, inputs[0]
         if node.op == "flatten":
-            if stream.vector or stream.unflattened:
-                return stream  # one number per channel already
-            name = builder.add_node(node.name, "flatten", (stream.node,))
-            return replace(stream, node=name, unflattened=stream.node)
+            return place if place.vector or place.flat else replace(place, target=node.name, flat=node.name)
         if node.op == "activation":
             phi = node.activation
             assert phi is not None
-            low, high = phi.bounds(0.0 if stream.nonnegative else -stream.bound, stream.bound)
-            changed = replace(
-                stream, constant_values=phi.fn(stream.constant_values), bound=max(abs(low), abs(high)),
-                nonnegative=low >= 0,
+            low, high = phi.bounds(0.0 if place.nonnegative else -place.bound, place.bound)
+            return replace(
+                place, node=builder.add_activation(node.name, place.node, phi), target=node.name,
+                bound=max(abs(low), abs(high)), nonnegative=low >= 0,
             )  # fmt: skip
-            if stream.unflattened:  # the same before the flattening, which 2L needs
-                before = builder.add_activation(f"{node.name}.image", stream.unflattened, phi)
-                name = builder.add_node(node.name, "flatten", (before,))
-                return replace(changed, node=name, unflattened=before)
-            return replace(changed, node=builder.add_activation(node.name, stream.node, phi))
-        if node.op == "max_pool":
-            attributes = {k: list(v) for k, v in node.attributes.items()}
-            return replace(stream, node=builder.add_node(node.name, "max_pool", (stream.node,), **attributes))
+        if node.op == "batch_norm":
+            norm = node.batch_norm
+            assert norm is not None
+            if place.stream is None:
+                raise ConstructionError(f"batch norm '{node.name}' normalises the image itself; put a layer before it")
+            how = self.layout.constants.get(self.layout.stream[node.name])
+            name = builder.add_batch_norm(node.name, place, norm, constant=how.norm if how else 0)
+            bound = float((norm.scale.abs() * place.bound + norm.shift.abs()).nan_to_num(nan=math.inf).max())
+            return replace(place, node=name, target=node.name, bound=bound, nonnegative=False)
+        if node.op == "add":
+            one, other = inputs
+            if (one.flat, one.vector) != (other.flat, other.vector):
+                raise ConstructionError(f"node '{node.name}' adds images and vectors; flatten behind the sum")
+            return replace(
+                place, node=builder.add_node(node.name, "add", (one.node, other.node)), target=node.name,
+                behind=tuple(dict.fromkeys(one.behind + other.behind)), bound=one.bound + other.bound,
+                nonnegative=one.nonnegative and other.nonnegative,
+            )  # fmt: skip
+        if node.op in ("max_pool", "avg_pool"):
+            attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in node.attributes.items()}
+            name = builder.add_node(node.name, node.op, (place.node,), **attributes)
+            return replace(place, node=name, target=node.name)
         raise ConstructionError(f"node '{node.name}': operation '{node.op}' is not supported")
 
-    def _layer(self, node: Node, stream: Stream) -> Stream:
+    def _layer(self, node: Node, place: Place) -> Place:
         target = node.layer
         assert target is not None
-        if target.kind == "linear" and stream.slots is not None and not (stream.vector or stream.unflattened):
+        if target.kind == "linear" and place.stream is not None and not (place.vector or place.flat):
             raise ConstructionError(f"layer {node.name}: a linear layer on images; flatten them first")
-        if node.name == self.kept:
-            return self._keep(node, stream)
-        outputs = self._outputs(node)
-        after = self._activation_behind(node)
-        free = after is not None and after.offset != 0
-        if self.construction == "2L" or node.name == self.order[0]:
-            return two_for_one(
-                self.builder,
-                node.name,
-                target,
-                stream,
-                outputs,
-                self._pair_activation(node),
-                free_constants=free,
-            )
-        return direct(self.builder, node.name, target, stream, outputs, free_constants=free)
-
-    def _keep(self, node: Node, stream: Stream) -> Stream:
-        """Take a linear layer from the target, each column moved to its channel's slot."""
-        target = node.layer
-        assert target is not None
-        slots, taps = stream.channels(target)
-        weight = torch.zeros(len(target.weight), self.builder.width, taps)
-        there = slots[:, 0] >= 0
-        weight[:, slots[there, 0]] = target.weight.view(len(target.weight), -1, taps)[:, there]
-        self.builder.given[f"{node.name}.weight"] = weight.flatten(1)
-        self.builder.given[f"{node.name}.bias"] = target.bias
-        name = self.builder.add_node(node.name, "given", (stream.node,), target=node.name, taps=taps)
-        rows = torch.arange(len(target.weight))[:, None]
-        return Stream(name, rows, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64),
-                      float("inf"), vector=True)  # fmt: skip
-
-    def _outputs(self, node: Node) -> Outputs:
-        """What the layers behind `node` need of it: slots per channel, which channels, constant slots."""
-        m, epsilon = self.builder.plan.base_set_size, self.builder.plan.epsilon
-        layer = node.layer
-        assert layer is not None
-        reader = self._reader(node)
-        if reader.op == "output" or reader.layer is None:
-            return Outputs(1, torch.ones(len(layer.weight), dtype=torch.bool), 0)
-        least = 0.0 if reader.name == self.kept else epsilon
-        read = above(reader.layer.weight.view(len(reader.layer.weight), len(layer.weight), -1), least).any(2).any(0)
-        behind = self.order[self.order.index(node.name) + 1 :]
-        biases = any(bool(above(self.graph.layers[n].bias, epsilon).any()) for n in behind)
-        single = self.construction == "2L" or reader.name == self.kept
-        return Outputs(1 if single else m, read, (1 if single else m) if biases else 0)
-
-    def _reader(self, node: Node) -> Node:
-        """The layer (or the output) that reads `node`, through operations that keep the channels."""
-        readers = [n for n in self.graph.nodes if node.name in n.inputs]
-        if len(readers) != 1:
-            raise ConstructionError(f"'{node.name}' is read by {len(readers)} nodes; only chains are supported")
-        return readers[0] if readers[0].op in ("layer", "output") else self._reader(readers[0])
-
-    def _activation_behind(self, node: Node) -> Activation | None:
-        """The first activation between `node` and the next layer; None where there is none."""
-        readers = [n for n in self.graph.nodes if node.name in n.inputs]
-        if not readers or readers[0].op in ("layer", "output"):
-            return None
-        return readers[0].activation or self._activation_behind(readers[0])
+        name, bound = node.name, math.inf
+        stream = self.streams[self.layout.stream[name]]
+        if name == self.kept:
+            weight = place.entries(target)
+            taken = place.take(target, weight.ne(0).any(0), 1, 0)
+            written = self.builder.add_head(name, place, target, weight, taken.slots[:, 0])
+        else:
+            step = Step(
+                name, target, place, stream, first=not stream.writers, biased=name in self.layout.needs,
+                constants=self.layout.constants.get(self.layout.stream[name]),
+            )  # fmt: skip
+            if self.construction == "2L" or place.stream is None:
+                written, bound = two_for_one(self.builder, step, self._pair_activation(node))
+            else:
+                written = direct(self.builder, step)
+        return Place(written, stream, (name,), name, bound, vector=target.kind == "linear", **self._constant(node))
 
     def _pair_activation(self, node: Node) -> Activation:
-        """The source's activation inside a pair: that behind the layer, else the last one before it."""
-        behind = self._activation_behind(node)
-        if behind is not None:
-            return behind
+        """The source's activation inside a pair: that behind the layer, else the last one before it.
+
+        A projection shortcut is linear, and so is the pair that stands for it.
+        """
+        if self.graph.is_projection(node.name):
+            return ACTIVATIONS["identity"]
+        after = self.graph.readers(node.name)
+        while after and after[0].activation is None and after[0].op not in ("layer", "output"):
+            after = self.graph.readers(after[0].name)
+        if after and after[0].activation is not None:
+            return after[0].activation
         position = self.graph.nodes.index(node)
         before = [n.activation for n in self.graph.nodes[:position] if n.activation is not None]
         return before[-1] if before else ACTIVATIONS["identity"]

@@ -1,7 +1,8 @@
-"""A ticket under construction: layers, masks and nodes are added front to back, what nothing reads is pruned."""
+"""A ticket under construction: layers, streams and nodes are added front to back, what nothing reads is pruned."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ltx.activations import Activation
-from ltx.constructions.rows import BaseSets, Problems, Rows, solve_rows
+from ltx.constructions.layout import Constants
+from ltx.constructions.rows import BaseSets, Problems
+from ltx.constructions.streams import Stream, Writer
 from ltx.errors import ConstructionError
-from ltx.graph import Layer, above
+from ltx.graph import BatchNorm, Layer, above
 from ltx.liveness import read_channels
 from ltx.source import SourceLayer
-from ltx.ticket import CONSTANT, DEAD, Ticket, TicketNode
+from ltx.ticket import DEAD, Ticket, TicketNode
 
 
 @dataclass(frozen=True)
@@ -30,40 +33,78 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """A tensor of the ticket's network and what its channels stand for."""
+class Place:
+    """A node of the ticket's network as those behind it see it."""
 
     node: str
-    slots: Tensor | None  # (C, S) int64: source channels that carry target channel c; None: the image itself
-    constants: Tensor  # (n,) int64: source channels that are constant
-    constant_values: Tensor  # (n,) float64: their values
+    stream: Stream | None  # None: the image itself
+    behind: tuple[str, ...]  # layers whose rows a slot needs to be alive here
+    target: str  # the target's node
     bound: float  # no element is larger in magnitude
     nonnegative: bool = False
     vector: bool = False  # one number per channel: the output of a linear layer
-    unflattened: str | None = None  # flattened images: the node before the flattening
+    flat: str | None = None  # images that the target has flattened, by this node; the ticket does where it must
+    constant: Callable[[Tensor], Tensor] | None = None  # constant slots -> their values here
 
-    def channels(self, layer: Layer) -> tuple[Tensor, int]:
-        """Slots (C, S) as `layer` sees them, and how many of its entries read one channel (K)."""
-        if layer.kind == "conv":
-            slots = torch.arange(layer.weight.shape[1])[:, None] if self.slots is None else self.slots
-            return slots, layer.weight.shape[2] * layer.weight.shape[3]
-        features = layer.weight.shape[1]
-        if self.slots is None:
-            return torch.arange(features)[:, None], 1
-        if features % len(self.slots):
+    def take(self, layer: Layer, read: Tensor, copies: int, constants: int) -> Taken:
+        """Live slots of the channels that `layer` reads.
+
+        Args:
+            read: (C_in, entries) bool: which of its entries, by the channel that they read.
+        """
+        channels = torch.arange(len(read))
+        if self.stream is None:
+            none = torch.empty(0, dtype=torch.int64)
+            return Taken(channels[:, None], none, none.double())
+        wanted = read.any(1).nonzero().flatten()
+        taken, fixed = self.stream.take(self.behind, wanted, copies, constants)
+        slots = torch.zeros(len(read), copies, dtype=torch.int64)
+        slots[wanted] = taken
+        return Taken(slots, fixed, self.constant(fixed) if self.constant else torch.zeros(len(fixed)).double())
+
+    def entries(self, layer: Layer) -> Tensor:
+        """A layer's weight by the channels here: (C_out, C_in, K)."""
+        weight = layer.weight
+        if layer.kind == "conv" or self.stream is None or self.vector:
+            return weight.flatten(2) if layer.kind == "conv" else weight[:, :, None]
+        channels = len(next(iter(self.stream.writers.values())).problems) - 1
+        if weight.shape[1] % channels:
             raise ConstructionError(
-                f"a linear layer with {features} inputs cannot read {len(self.slots)} flattened channels"
+                f"a linear layer with {weight.shape[1]} inputs cannot read {channels} flattened channels"
             )
-        return self.slots, features // len(self.slots)
+        return weight.view(len(weight), channels, -1)
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What a layer has to provide to those behind it."""
+class Taken:
+    """The slots that a layer reads."""
 
-    copies: int  # slots of every channel that is read
-    read: Tensor  # (C_out,) bool: channels that anything reads
-    constants: int  # constant slots
+    slots: Tensor  # (C_in, copies) int64; 0 where a channel is not read
+    constants: Tensor  # (n,) int64
+    constant_values: Tensor  # (n,) float64
+
+
+@dataclass(frozen=True)
+class Step:
+    """A target layer that is to be approximated, and where."""
+
+    name: str
+    target: Layer
+    place: Place  # what it reads
+    stream: Stream  # what it writes
+    first: bool  # whether it is the first to write there
+    biased: bool  # whether it reads constants
+    constants: Constants | None  # how the constant slots of its stream are made
+
+
+@dataclass
+class _Draft:
+    """A source layer whose width is not known yet."""
+
+    layer: SourceLayer
+    inputs: Stream | int  # what it reads: a stream, or so many channels
+    stream: Stream | None  # what it writes; None: rows of its own, which are `fixed`
+    fixed: tuple[Tensor, Tensor, Tensor] | None = None  # labels, and rows and offsets of what is kept
 
 
 class TicketBuilder:
@@ -71,14 +112,12 @@ class TicketBuilder:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.layers: list[SourceLayer] = []
         self.nodes: list[TicketNode] = []
-        self.masks: dict[str, Tensor] = {}
         self.bias_masks: dict[str, Tensor] = {}
-        self.slots: dict[str, Tensor] = {}
-        self.given: dict[str, Tensor] = {}
-        self.problems = 0
-        self.failures = 0
+        self._drafts: list[_Draft] = []
+        self._norms: dict[str, tuple[Stream, BatchNorm, int]] = {}
+        self._heads: dict[str, tuple[Stream | None, Layer, Tensor, Tensor]] = {}
+        self._flattened: dict[str, str] = {}
 
     def add_node(self, name: str, op: str, inputs: tuple[str, ...], **attributes) -> str:
         if any(node.name == name for node in self.nodes):
@@ -89,70 +128,94 @@ class TicketBuilder:
     def add_activation(self, name: str, node: str, phi: Activation) -> str:
         return self.add_node(name, "activation", (node,), **phi.attributes)
 
-    @property
-    def width(self) -> int:
-        """Output channels of the last source layer."""
-        return self.layers[-1].shape[0]
+    def add_batch_norm(self, name: str, place: Place, norm: BatchNorm, *, constant: int) -> str:
+        """A given batch norm; every slot has that of its channel, constant ones that of channel `constant`."""
+        assert place.stream is not None
+        self._norms[name] = (place.stream, norm, constant)
+        return self.add_node(name, "batch_norm", (place.node,))
 
-    def add_layer(self, layer: SourceLayer, node: str, mask: Tensor, labels: Tensor) -> str:
-        """Add a source layer that reads `node` and keeps `mask`; `labels` say what its rows stand for."""
-        self.layers.append(layer)
-        self.masks[layer.name], self.slots[layer.name] = mask, labels
+    def add_head(self, name: str, place: Place, layer: Layer, weight: Tensor, slots: Tensor) -> str:
+        """A linear layer that is taken from the target: weight (C_out, C_in, K), a slot (C_in,) for each channel."""
+        self._heads[name] = (place.stream, layer, weight, slots)
+        return self.add_node(name, "given", (self.flattened(place),), target=name, taps=weight.shape[2])
+
+    def flattened(self, place: Place) -> str:
+        """The node that a linear layer behind `place` reads."""
+        if place.flat is None or place.vector:
+            return place.node
+        if place.node not in self._flattened:
+            taken = {node.name for node in self.nodes}
+            name = place.flat if place.flat not in taken else f"{place.node}.flatten"
+            self._flattened[place.node] = self.add_node(name, "flatten", (place.node,))
+        return self._flattened[place.node]
+
+    @property
+    def depth(self) -> int:
+        """How many layers the source has so far: the index of the next one."""
+        return len(self._drafts)
+
+    def add_copies(
+        self, layer: SourceLayer, node: str, inputs: Stream | int, labels: Tensor, rows: Tensor, offsets: Tensor
+    ) -> str:
+        """A 1x1 layer with rows of its own: what they stand for, and the entries that are kept."""
+        self._drafts.append(_Draft(layer, inputs, None, (labels, rows, offsets)))
         return self.add_node(layer.name, "layer", (node,), layer=layer.name)
 
-    def approximate(
-        self, name: str, target: Layer, node: str, problems: list[Problems], bases: BaseSets,
-        outputs: Outputs, constant: Problems | None, *, taps: int, sigma: float, role: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Solve the rows of a source layer that approximates `target` behind the last layer, and add it.
-
-        Args:
-            taps: entries of a row that read one of its input channels.
-            sigma, role: of the source layer.
-            constant: problems of a row that is constant before the activation; no problems where a fully
-                pruned row serves; None where no constant slots are wanted.
-
-        Returns:
-            slots (C_out, copies), constant slots (n,), and the constants' values before the activation (n,).
-        """
-        linear = target.kind == "linear"
-        layer = SourceLayer(
-            name, len(self.layers), target.kind,
-            (0, self.width * taps) if linear else (0, self.width, *target.weight.shape[2:]), taps, sigma=sigma,
-            stride=target.stride, padding=target.padding, dilation=target.dilation,
-            opposite="columns" if bases.paired else "none", role=role, target=name,
-        )  # fmt: skip
-        channel = outputs.read.nonzero().flatten()
-        kinds = [*problems, *([] if constant is None else [constant])]
-        count = 0 if constant is None else outputs.constants
-        wanted = channel.repeat_interleave(outputs.copies).tolist() + [len(problems)] * count
-        names = [f"channel {c}" for c in range(len(problems))] + ["constant channel"]
+    def add_writer(
+        self, layer: SourceLayer, node: str, inputs: Stream | int, stream: Stream, problems: list[Problems],
+        bases: BaseSets,
+    ) -> str:  # fmt: skip
+        """A layer whose rows are the slots of `stream`; they are solved when somebody reads them."""
         plan = self.plan
-        found: Rows = solve_rows(
-            layer, plan.seed, kinds, wanted, bases, plan.epsilon, selection=plan.selection,
-            device=plan.device, names=names,
-        )  # fmt: skip
-        self.problems, self.failures = self.problems + found.problems, self.failures + found.failures
-        copies = len(channel) * outputs.copies
-        slots = torch.full((len(problems), outputs.copies), -1, dtype=torch.int64)
-        slots[channel] = found.row[:copies].view(-1, outputs.copies)
-        width = max(found.width, 1)  # a layer has rows even where nothing reads it
-        labels = torch.full((width,), DEAD, dtype=torch.int64)
-        labels[found.row[:copies]] = channel.repeat_interleave(outputs.copies)
-        labels[found.row[copies:]] = CONSTANT
-        layer = replace(layer, shape=(width, *layer.shape[1:]))
-        self.add_layer(layer, node, found.mask, labels)
-        return slots, found.row[copies:], found.sums[copies:]
+        writer = Writer(
+            layer, problems, bases, seed=plan.seed, epsilon=plan.epsilon, selection=plan.selection, device=plan.device
+        )
+        stream.add(layer.name, writer)
+        self._drafts.append(_Draft(layer, inputs, stream))
+        return self.add_node(layer.name, "layer", (node,), layer=layer.name)
+
+    @property
+    def problems(self) -> int:
+        """Subset-sum problems solved, those of failed rows included."""
+        return int(sum(writer.asked.sum() for writer in self._writers()))
+
+    @property
+    def failures(self) -> int:
+        """How many of them had no subset within epsilon."""
+        return int(sum(writer.missed.sum() for writer in self._writers()))
+
+    def _writers(self) -> list[Writer]:
+        return [draft.stream.writers[draft.layer.name] for draft in self._drafts if draft.stream is not None]
 
     def finish(self, **metadata) -> Ticket:
-        """Prune what nothing reads, back to front, and name the result."""
+        """Set the widths, prune what nothing reads, back to front, and name the result."""
         self._drop_unread_nodes()
-        self._prune_unread_rows()
+        layers, masks, slots = [], {}, {}
+        for draft in self._drafts:
+            layer, labels, mask = _with_width(draft)
+            layers.append(layer)
+            masks[layer.name], slots[layer.name] = mask, labels
+        given = {f"{name}.{part}": tensor for name in self._norms for part, tensor in self._norm(name).items()}
+        given |= {f"{name}.{part}": tensor for name in self._heads for part, tensor in self._head(name).items()}
+        by_name = {layer.name: layer for layer in layers}
+
+        def prune(name: str, read: Tensor) -> Tensor:
+            """Empty the rows that are not read; the input channels that the others read."""
+            layer = by_name[name]
+            keep = torch.zeros(layer.shape[0], dtype=torch.bool)
+            keep[read] = True
+            mask = masks[name] = masks[name][keep[masks[name] // layer.row_size]]
+            if name in self.bias_masks:
+                bias = self.bias_masks[name]
+                self.bias_masks[name] = bias[keep[bias]]
+            slots[name] = torch.where(keep, slots[name], DEAD)
+            return mask % layer.row_size // layer.taps
+
+        read_channels(self.nodes, given, prune)
         return Ticket(
             seed=self.plan.seed, law="uniform", base_set_size=self.plan.base_set_size,
-            epsilon=self.plan.epsilon, selection=self.plan.selection, layers=tuple(self.layers),
-            graph=tuple(self.nodes), masks=self.masks, bias_masks=self.bias_masks, slots=self.slots,
-            given=self.given, **metadata,
+            epsilon=self.plan.epsilon, selection=self.plan.selection, layers=tuple(layers), graph=tuple(self.nodes),
+            masks=masks, bias_masks=self.bias_masks, slots=slots, given=given, **metadata,
         )  # fmt: skip
 
     def _drop_unread_nodes(self) -> None:
@@ -163,33 +226,60 @@ class TicketBuilder:
                 kept.append(node)
         self.nodes = kept[::-1]
 
-    def _prune_unread_rows(self) -> None:
-        layers = {layer.name: layer for layer in self.layers}
-        read_channels(self.nodes, self.given, lambda name, read: self._prune_rows(layers[name], read))
+    def _norm(self, name: str) -> dict[str, Tensor]:
+        stream, norm, constant = self._norms[name]
+        channels = torch.where(stream.channels < 0, constant, stream.channels)
+        if not len(channels):
+            channels = torch.zeros(1, dtype=torch.int64)  # a layer has rows even where nothing reads it
+        return {"weight": norm.scale[channels], "bias": norm.shift[channels]}
 
-    def _prune_rows(self, layer: SourceLayer, read: Tensor) -> Tensor:
-        """Empty the rows that are not read; the input channels that the others read."""
-        keep = torch.zeros(layer.shape[0], dtype=torch.bool)
-        keep[read] = True
-        mask = self.masks[layer.name]
-        mask = mask[keep[mask // layer.row_size]]
-        self.masks[layer.name] = mask
-        if layer.name in self.bias_masks:
-            bias = self.bias_masks[layer.name]
-            self.bias_masks[layer.name] = bias[keep[bias]]
-        self.slots[layer.name] = torch.where(keep, self.slots[layer.name], DEAD)
-        return mask % layer.row_size // layer.taps
+    def _head(self, name: str) -> dict[str, Tensor]:
+        stream, layer, weight, slots = self._heads[name]
+        width = weight.shape[1] if stream is None else _width(stream)
+        wide = torch.zeros(len(weight), width, weight.shape[2])
+        read = weight.ne(0).any(2).any(0)
+        wide[:, slots[read]] = weight[:, read]
+        return {"weight": wide.flatten(1), "bias": layer.bias}
 
 
-def constant_row(outputs: Outputs, base: int, tap: int, *, free: bool) -> Problems | None:
-    """The problems of a row that is constant: to sum the constants of base set `base` to 1 before its activation.
+def _width(inputs: Stream | int) -> int:
+    """Channels of a stream; a layer has rows even where nothing reads it."""
+    return inputs if isinstance(inputs, int) else max(1, len(inputs.channels))
 
-    None where no such row is wanted; no problems where `free`: with phi(0) != 0 a fully pruned row will do.
-    """
-    if not outputs.constants:
-        return None
-    one = Problems(torch.tensor([base]), torch.tensor([tap]), torch.ones(1, dtype=torch.float64))
-    return Problems(one.base[:0], one.tap[:0], one.theta[:0]) if free else one
+
+def _with_width(draft: _Draft) -> tuple[SourceLayer, Tensor, Tensor]:
+    """A source layer as wide as it was used up, what its rows stand for, and the flat indices of what is kept."""
+    layer = draft.layer
+    if draft.stream is None:
+        assert draft.fixed is not None
+        labels, rows, offsets = draft.fixed
+    else:
+        labels = draft.stream.labels(layer.name)
+        rows, offsets = draft.stream.writers[layer.name].entries()
+    if not len(labels):
+        labels = torch.full((1,), DEAD, dtype=torch.int64)
+    inside = _width(draft.inputs)
+    shape = (
+        (len(labels), inside * layer.taps) if layer.kind == "linear" else (len(labels), inside, *layer.shape[2:])
+    )  # fmt: skip
+    layer = replace(layer, shape=shape)
+    return layer, labels, (rows * layer.row_size + offsets).sort().values
+
+
+def source_layer(builder: TicketBuilder, name: str, target: Layer, taps: int, **attributes) -> SourceLayer:
+    """A source layer for `target` with its kernel, stride and padding, the next one of the source."""
+    return SourceLayer(
+        name, builder.depth, target.kind, (0, 0, *target.weight.shape[2:]), taps,
+        stride=target.stride, padding=target.padding, dilation=target.dilation, target=name, **attributes,
+    )  # fmt: skip
+
+
+def constant_row(step: Step, base: int, tap: int) -> Problems:
+    """The problems of a constant slot's row: where this layer makes them, to sum those of base set `base` to 1."""
+    if step.constants is None or not step.constants.sums or not step.first:
+        none = torch.empty(0, dtype=torch.int64)
+        return Problems(none, none, none.double())
+    return Problems(torch.tensor([base]), torch.tensor([tap]), torch.ones(1, dtype=torch.float64))
 
 
 def layer_scale(target: Layer, scaling: str) -> float:
@@ -223,17 +313,19 @@ def constant_tap(target: Layer, name: str, taps: int, *, needed: bool) -> int:
     return tap[0] * target.weight.shape[3] + tap[1] if taps > 1 else 0
 
 
-def target_problems(target: Layer, taps: int, epsilon: float, base: Tensor, constant: int, tap: int) -> list[Problems]:
+def target_problems(
+    weight: Tensor, target: Layer, epsilon: float, base: Tensor, constant: int, tap: int
+) -> list[Problems]:
     """The subset-sum problems of every output channel: one per base set and parameter above epsilon.
 
     Args:
+        weight: (C_out, C_in, K) that of `target`, by the channels that it reads.
         base: (C_in, n) int64, the n base sets of each input channel.
         constant: the base set of constants, for the bias.
         tap: the tap that reads a constant.
     """
-    weight = target.weight.view(len(target.weight), -1, taps).double()
     result = []
-    for row, bias in zip(weight, target.bias.double(), strict=True):
+    for row, bias in zip(weight.double(), target.bias.double(), strict=True):
         channel, k = above(row, epsilon).nonzero(as_tuple=True)
         sets = base[channel]  # (P, n)
         theta = row[channel, k][:, None].expand_as(sets)

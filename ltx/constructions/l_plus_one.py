@@ -9,43 +9,35 @@ from __future__ import annotations
 import torch
 
 from ltx.constructions.builder import (
-    Outputs,
-    Stream,
+    Step,
     TicketBuilder,
     constant_row,
     constant_tap,
     layer_scale,
+    source_layer,
     target_problems,
 )
 from ltx.constructions.rows import BaseSets
-from ltx.graph import Layer
+from ltx.graph import above
 
 
-def direct(
-    builder: TicketBuilder,
-    name: str,
-    target: Layer,
-    stream: Stream,
-    outputs: Outputs,
-    *,
-    free_constants: bool,
-) -> Stream:
-    """Approximate `target` by one source layer that reads the slots of `stream`.
-
-    Args:
-        free_constants: whether a fully pruned row is constant and not 0 behind the activation (phi(0) != 0).
-    """
+def direct(builder: TicketBuilder, step: Step) -> str:
+    """Approximate a target layer by one source layer that reads m slots of each channel; the ticket's node."""
     m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
-    slots, taps = stream.channels(target)  # (C_in, m)
-    columns, multipliers = slots.clamp_min(0), torch.ones(slots.shape, dtype=torch.float64)
-    constant, tap = len(columns), constant_tap(target, name, taps, needed=len(stream.constants) > 0)
-    if len(stream.constants):
-        columns = torch.cat([columns, stream.constants[None, :m]])
-        multipliers = torch.cat([multipliers, stream.constant_values[None, :m]])
-    problems = target_problems(target, taps, epsilon, torch.arange(len(slots))[:, None], constant, tap)
-    row, constants, values = builder.approximate(
-        name, target, stream.node, problems, BaseSets(columns, multipliers), outputs,
-        constant_row(outputs, constant, tap, free=free_constants),
-        taps=taps, sigma=layer_scale(target, builder.plan.scaling), role="direct",
+    name, target, place = step.name, step.target, step.place
+    assert place.stream is not None
+    weight = place.entries(target)
+    taken = place.take(target, above(weight, epsilon).any(0), m, m if step.biased else 0)
+    columns, multipliers = taken.slots, torch.ones(taken.slots.shape, dtype=torch.float64)
+    constant, tap = len(columns), constant_tap(target, name, weight.shape[2], needed=step.biased)
+    if step.biased:
+        columns = torch.cat([columns, taken.constants[None]])
+        multipliers = torch.cat([multipliers, taken.constant_values[None]])
+    problems = target_problems(weight, target, epsilon, torch.arange(len(weight[0]))[:, None], constant, tap)
+    layer = source_layer(
+        builder, name, target, weight.shape[2], sigma=layer_scale(target, builder.plan.scaling), role="direct"
+    )
+    return builder.add_writer(
+        layer, builder.flattened(place) if target.kind == "linear" else place.node, place.stream, step.stream,
+        [*problems, constant_row(step, constant, tap)], BaseSets(columns, multipliers),
     )  # fmt: skip
-    return Stream(name, row, constants, values, float("inf"), vector=target.kind == "linear")

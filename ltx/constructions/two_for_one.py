@@ -13,7 +13,7 @@ base set consists of products of two uniform numbers on [-1, 1], as Corollary C.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,17 +22,17 @@ from torch import Tensor
 from ltx import source
 from ltx.activations import Activation
 from ltx.constructions.builder import (
-    Outputs,
-    Stream,
+    Step,
     TicketBuilder,
     constant_row,
     constant_tap,
     layer_scale,
+    source_layer,
     target_problems,
 )
 from ltx.constructions.rows import BaseSets
 from ltx.errors import ConstructionError
-from ltx.graph import Layer, above
+from ltx.graph import above
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
@@ -72,101 +72,109 @@ def linear_scale(phi: Activation, law: PairLaw, bound: float, *, m: int, epsilon
     return float(np.float32(phi.linear_radius(epsilon * law.gain / (terms * scale)) / bound))
 
 
-def two_for_one(
-    builder: TicketBuilder, name: str, target: Layer, stream: Stream, outputs: Outputs, phi: Activation,
-    *, free_constants: bool,
-) -> Stream:  # fmt: skip
-    """Approximate `target` by a pair of source layers with `phi` between them.
+def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[str, float]:
+    """Approximate a target layer by a pair of source layers with `phi` between them (identity: with nothing).
 
-    Args:
-        phi: the source's activation behind the 1x1 layer.
-        free_constants: whether a fully pruned row of the second layer is constant and not 0 behind the
-            activation that follows it.
+    Returns:
+        the ticket's node, and the largest magnitude of an output.
     """
     plan = builder.plan
-    slots, taps = stream.channels(target)
-    law = pair_law(phi, stream.nonnegative)
+    name, target, place = step.name, step.target, step.place
+    weight = place.entries(target)
+    law = pair_law(phi, place.nonnegative)
     scale = layer_scale(target, plan.scaling)
-    if not phi.exact and not np.isfinite(stream.bound):
+    if not phi.exact and not np.isfinite(place.bound):
         raise ConstructionError(
             f"layer {name}: its inputs have no known bound, which {phi.name} needs to be nearly linear on them"
         )
-    sigma = linear_scale(phi, law, stream.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale)
-    copies = _copy_layer(builder, name, target, stream, law, phi, sigma, slots, taps, outputs)
+    sigma = linear_scale(phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale)
+    copies = _copy_layer(builder, step, weight, law, phi, sigma)
 
-    tap = constant_tap(target, name, taps, needed=copies.biased)
-    problems = target_problems(target, taps, plan.epsilon, copies.base, copies.constant, tap)
-    row, constants, values = builder.approximate(
-        name, target, copies.node, problems, copies.bases, outputs,
-        constant_row(outputs, copies.constant, tap, free=free_constants),
-        taps=taps, sigma=float(np.float32(scale / (sigma * law.gain))), role="pair",
+    tap = constant_tap(target, name, weight.shape[2], needed=step.biased)
+    problems = target_problems(weight, target, plan.epsilon, copies.base, copies.constant, tap)
+    layer = source_layer(
+        builder, name, target, weight.shape[2], sigma=float(np.float32(scale / (sigma * law.gain))), role="pair",
+        opposite="columns" if law.opposite else "none",
     )  # fmt: skip
-    weight = target.weight.abs().flatten(1).double()
-    reach = (weight + 2 * plan.epsilon * above(weight, plan.epsilon)).sum(1) * max(stream.bound, 1.0)
+    node = builder.add_writer(
+        layer, copies.node, copies.width, step.stream, [*problems, constant_row(step, copies.constant, tap)],
+        copies.bases,
+    )  # fmt: skip
+    entries = target.weight.abs().flatten(1).double()
+    reach = (entries + 2 * plan.epsilon * above(entries, plan.epsilon)).sum(1) * max(place.bound, 1.0)
     bound = float((reach + target.bias.abs() + plan.epsilon).max())
-    return Stream(name, row, constants, values, max(bound, 1.0 + plan.epsilon), vector=target.kind == "linear")
+    return node, max(bound, 1.0 + plan.epsilon)
 
 
 @dataclass(frozen=True)
 class _Copies:
     node: str  # what the second layer reads
+    width: int
     bases: BaseSets
     base: Tensor  # (C_in, n) base sets of each input channel
     constant: int  # base set of the constants
-    biased: bool  # whether there are any
 
 
 def _copy_layer(
-    builder: TicketBuilder, name: str, target: Layer, stream: Stream, law: PairLaw, phi: Activation,
-    sigma: float, slots: Tensor, taps: int, outputs: Outputs,
-) -> _Copies:  # fmt: skip
-    """Add the 1x1 layer and its activation: m rows for every (input channel, sign) that the target reads."""
+    builder: TicketBuilder, step: Step, weight: Tensor, law: PairLaw, phi: Activation, sigma: float
+) -> _Copies:
+    """Add the 1x1 layer and its activation: m rows for every (input channel, sign) that the target reads.
+
+    Args:
+        weight: (C_out, C_in, K) of the target layer.
+    """
     m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
-    first = not builder.layers
-    weight = target.weight.view(len(target.weight), -1, taps)
-    read = above(weight, epsilon).any(2).any(0).nonzero().flatten()
-    biased = bool(above(target.bias, epsilon).any()) or (outputs.constants > 0)
-    image = target.kind == "conv" or (stream.slots is not None and not stream.vector)
-    width = len(slots) if first else builder.width
+    name, target, place = step.name, step.target, step.place
+    first = builder.depth == 0  # the only layer with biases: its constants need no input
+    if step.biased and place.stream is None and not first:
+        raise ConstructionError(
+            f"layer {name}: reads the image and has biases, but is not the first layer, which alone can make constants"
+        )
+    read = above(weight, epsilon).any(0)
+    taken = place.take(target, read, 1, int(step.biased and not first))
+    image = target.kind == "conv" or (place.stream is not None and not place.vector)
     layer = SourceLayer(
-        f"{name}.copies", len(builder.layers), "conv" if image else "linear",
-        (0, width, 1, 1) if image else (0, width), 1, sigma=sigma,
-        opposite="rows" if law.opposite else "none", bias=first, role="copies", target=name,
+        f"{name}.copies", builder.depth, "conv" if image else "linear", (0, 0, 1, 1) if image else (0, 0), 1,
+        sigma=sigma, opposite="rows" if law.opposite else "none", bias=first, role="copies", target=name,
     )  # fmt: skip
 
     # what rows are needed for, in order: (source channel, sign), m rows each; -1 is the bias of the first layer
-    needs = [(int(slots[j, 0]), sign) for j in read for sign in law.signs]
-    if biased:
-        needs.append((-1 if first else int(stream.constants[0]), 0 if law.signs == (0,) else 1))
+    channels = read.any(1).nonzero().flatten()
+    needs = [(int(taken.slots[j, 0]), sign) for j in channels for sign in law.signs]
+    if step.biased:
+        needs.append((-1 if first else int(taken.constants[0]), 0 if law.signs == (0,) else 1))
     row, value, used = _match(layer, builder.plan.seed, needs, m, step=2 if law.opposite else 1)
 
     labels = torch.full((used,), DEAD, dtype=torch.int64)
-    keep, bias_keep = [], []
-    meaning = [int(j) for j in read for _ in law.signs] + [CONSTANT] * biased
+    rows, offsets, bias_rows = ([torch.empty(0, dtype=torch.int64)] for _ in range(3))
+    meaning = [int(j) for j in channels for _ in law.signs] + [CONSTANT] * step.biased
     for need, (channel, _) in enumerate(needs):
         mine = torch.cat([row[need], row[need] + 1]) if law.opposite else row[need]
         labels[mine] = meaning[need]
-        (bias_keep if channel < 0 else keep).append(mine if channel < 0 else mine * layer.row_size + channel)
+        if channel < 0:
+            bias_rows.append(mine)
+        else:
+            rows.append(mine)
+            offsets.append(torch.full_like(mine, channel))
     if first:
-        empty = torch.empty(0, dtype=torch.int64)
-        builder.bias_masks[layer.name] = torch.cat([empty, *bias_keep]).sort().values
-    layer = replace(layer, shape=(used, *layer.shape[1:]))
-    mask = torch.cat([torch.empty(0, dtype=torch.int64), *keep]).sort().values
+        builder.bias_masks[layer.name] = torch.cat(bias_rows).sort().values
 
-    inside = stream.unflattened if image and target.kind == "linear" else stream.node
-    assert inside is not None
-    node = builder.add_layer(layer, inside, mask, labels)
-    node = builder.add_activation(f"{layer.name}.phi", node, phi)
+    inside = place.node if image or place.stream is not None else builder.flattened(place)
+    node = builder.add_copies(
+        layer, inside, len(read) if place.stream is None else place.stream, labels, torch.cat(rows), torch.cat(offsets)
+    )
+    if phi.name != "identity":
+        node = builder.add_activation(f"{layer.name}.phi", node, phi)
     if image and target.kind == "linear":
         node = builder.add_node(f"{layer.name}.flatten", "flatten", (node,))
 
     multipliers = value * law.gain
-    if biased:
-        before = value[-1] if first else value[-1] * stream.constant_values[0]
+    if step.biased:
+        before = value[-1] if first else value[-1] * taken.constant_values[0]
         multipliers[-1] = phi.fn(before) - (phi.fn(-before) if law.opposite else 0.0)
-    base = torch.zeros(len(slots), len(law.signs), dtype=torch.int64)
-    base[read] = torch.arange(len(read) * len(law.signs)).view(-1, len(law.signs))
-    return _Copies(node, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1, biased)
+    base = torch.zeros(len(read), len(law.signs), dtype=torch.int64)
+    base[channels] = torch.arange(len(channels) * len(law.signs)).view(-1, len(law.signs))
+    return _Copies(node, used, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1)
 
 
 def _match(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx import source
-from ltx.activations import from_attributes
+from ltx.activations import ACTIVATIONS, Activation, from_attributes
 from ltx.graph import Graph, Layer
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD, Ticket, TicketNode
@@ -27,7 +27,7 @@ class Approximation:
     def __init__(self, ticket: Ticket, target: Graph):
         self.ticket, self.target = ticket, target
         self.compared = 0
-        self.outputs = len(list(target.layers.values())[-1].weight)
+        self.outputs = self._channels(next(node for node in target.nodes if node.op == "output").inputs[0])
         self.worst = 0.0
         # per node: labels of its channels, and the value of each that is constant (NaN elsewhere)
         self.labels: dict[str, Tensor | None] = {}
@@ -35,6 +35,11 @@ class Approximation:
         self.copies: dict[str, tuple[TicketNode, SourceLayer]] = {}  # node behind a 1x1 layer -> that layer
         # node -> the least and largest value that its elements can have, whatever the parameters before it
         self.range: dict[str, tuple[float, float]] = {}
+
+    def _channels(self, name: str) -> int:
+        """Channels of a node of the target: those of the layer that writes it."""
+        node = self.target[name]
+        return len(node.layer.weight) if node.layer is not None else self._channels(node.inputs[0])
 
     def run(self) -> Iterator[str]:
         """Violations of the first layer that has any: what is behind it cannot be judged."""
@@ -49,6 +54,10 @@ class Approximation:
                 found = list(self._given(node))
             elif node.op == "output":
                 found = list(self._output(node))
+            elif node.op == "add":
+                self._add(node)
+            elif node.op == "batch_norm":
+                found = list(self._batch_norm(node))
             else:
                 self._pass(node)
             yield from found
@@ -70,6 +79,37 @@ class Approximation:
                 node if node.op == "activation" else self.copies[before][0],
                 self.copies[before][1],
             )
+
+    def _add(self, node: TicketNode) -> None:
+        """A sum of two streams stands for a channel where both do; elsewhere nothing may read it."""
+        one, other = (self.labels[name] for name in node.inputs)
+        assert one is not None and other is not None
+        self.labels[node.name] = torch.where(one == other, one, DEAD)
+        self.constants[node.name] = self.constants[node.inputs[0]] + self.constants[node.inputs[1]]
+        (low, high), (other_low, other_high) = (self.range[name] for name in node.inputs)
+        self.range[node.name] = low + other_low, high + other_high
+
+    def _batch_norm(self, node: TicketNode) -> Iterator[str]:
+        """A given batch norm: a slot has that of its channel, a constant one that of any channel."""
+        before = node.inputs[0]
+        labels = self.labels[before]
+        norm = next((n.batch_norm for n in self.target.nodes if n.name == node.name), None)
+        assert labels is not None
+        if norm is None or int(labels.max()) >= len(norm.scale):
+            yield f"batch norm {node.name}: the target has none of that name with so many channels"
+            return
+        scale, shift = (self.ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
+        live = labels >= 0
+        same = (scale[live] == norm.scale[labels[live]]) & (shift[live] == norm.shift[labels[live]])
+        for slot in live.nonzero().flatten()[~same][:1].tolist():
+            yield f"batch norm {node.name}: slot {slot} has not that of its channel {int(labels[slot])}"
+        constant = (labels == CONSTANT).nonzero().flatten()
+        some = ((scale[constant, None] == norm.scale) & (shift[constant, None] == norm.shift)).any(1)
+        for slot in constant[~some][:1].tolist():
+            yield f"batch norm {node.name}: slot {slot} has that of no channel"
+        self.labels[node.name] = labels
+        self.constants[node.name] = self.constants[before] * scale.double() + shift.double()
+        self.range[node.name] = -math.inf, math.inf
 
     def _layer(self, node: TicketNode) -> Iterator[str]:
         layer = self.ticket.layer(node.attributes["layer"])
@@ -195,7 +235,7 @@ class Approximation:
         if before not in self.copies:
             return meaning, torch.ones(len(meaning), dtype=torch.float64), torch.zeros(len(meaning)), (0,)
         phi_node, copies = self.copies[before]
-        phi = from_attributes(phi_node.attributes)
+        phi = _inside(phi_node)
         rows, _, values = self.ticket.kept(copies.name)
         entry = torch.zeros(len(meaning), dtype=torch.float64)
         entry[rows] = values.double()
@@ -213,7 +253,7 @@ class Approximation:
         if node.inputs[0] not in self.copies:
             return
         phi_node, copies = self.copies[node.inputs[0]]
-        phi = from_attributes(phi_node.attributes)
+        phi = _inside(phi_node)
         if phi.offset == 0:
             return
         if (copies.opposite, layer.opposite) != ("rows", "columns"):
@@ -232,7 +272,7 @@ class Approximation:
         if not math.isfinite(bound):
             return
         phi_node, copies = self.copies[node.inputs[0]]
-        phi = from_attributes(phi_node.attributes)
+        phi = _inside(phi_node)
         if phi.exact:
             return
         z = torch.linspace(-1, 1, 4001, dtype=torch.float64) * bound * copies.sigma
@@ -276,6 +316,11 @@ class Approximation:
         rows = torch.tensor(node.attributes["rows"])
         if not torch.equal(labels[rows], torch.arange(self.outputs)):
             yield "output: its rows do not stand for the target's outputs in their order"
+
+
+def _inside(node: TicketNode) -> Activation:
+    """The activation inside a pair; none where the pair is linear."""
+    return from_attributes(node.attributes) if node.op == "activation" else ACTIVATIONS["identity"]
 
 
 def _inner(target: Layer, layer: SourceLayer, tap: int) -> bool:

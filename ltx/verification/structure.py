@@ -61,7 +61,8 @@ def _graph(ticket: Ticket) -> Iterator[str]:
         if node.op == "activation" and node.attributes["function"] not in ACTIVATIONS:
             yield f"graph: node '{node.name}' applies '{node.attributes['function']}', not known"
             return
-        if len(node.inputs) != (node.op != "input") or any(name not in widths for name in node.inputs):
+        reads = {"input": 0, "add": 2}.get(node.op, 1)
+        if len(node.inputs) != reads or any(name not in widths for name in node.inputs):
             yield f"graph: node '{node.name}' reads {list(node.inputs)}, which are not there before it"
             return
         before = widths[node.inputs[0]] if node.inputs else None
@@ -82,6 +83,14 @@ def _graph(ticket: Ticket) -> Iterator[str]:
             if weight.shape[1] != before * node.attributes["taps"]:
                 yield f"node {node.name}: its given weight reads {weight.shape[1]} values, there are others"
             widths[node.name] = len(weight)
+        elif node.op == "batch_norm":
+            parts = [ticket.given.get(f"{node.name}.{part}") for part in ("weight", "bias")]
+            if before is None or any(part is None or part.shape != (before,) for part in parts):
+                yield f"graph: batch norm '{node.name}' has not one given scale and shift for each of its channels"
+                return
+        elif node.op == "add" and (before is None or before != widths[node.inputs[1]]):
+            yield f"graph: node '{node.name}' adds {before} channels and {widths[node.inputs[1]]}"
+            return
         elif node.op == "output" and not all(0 <= r < (before or 0) for r in node.attributes["rows"]):
             yield f"output: its rows lie outside the {before} that there are"
     if [node.op for node in ticket.graph].count("output") != 1 or ticket.graph[-1].op != "output":
@@ -92,7 +101,8 @@ def _graph(ticket: Ticket) -> Iterator[str]:
 
 _ATTRIBUTES = {
     "input": (), "layer": ("layer",), "given": ("target", "taps"), "activation": ("function",), "flatten": (),
-    "max_pool": ("kernel_size", "stride", "padding"), "output": ("rows",),
+    "max_pool": ("kernel_size", "stride", "padding"), "avg_pool": ("kernel_size", "stride"), "output": ("rows",),
+    "batch_norm": (), "add": (),
 }  # fmt: skip
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ltx.graph import Graph, Node
 from ltx.source import SourceLayer
 from ltx.ticket import Ticket, TicketNode
 
+Operation = tuple  # what matters of an operation, behind it the positions of those that it reads
+
 
 def topology(ticket: Ticket, target: Graph) -> Iterator[str]:
-    """Violations of: the same target; the same operations in the same order, a pair of layers standing for one."""
-    if ticket.target_sha256 != target.digest():
-        yield (f"target: has SHA-256 {target.digest()[:12]}..., the ticket was made for {ticket.target_sha256[:12]}...")
-        return
-    ours, theirs = _ticket_chain(ticket), _target_chain(target)
+    """Violations of: the same operations on the same operations, a pair of layers standing for one."""
+    ours, theirs = _ticket_operations(ticket, target), _target_operations(target)
     if isinstance(ours, str):
         yield ours
         return
@@ -29,101 +28,149 @@ def topology(ticket: Ticket, target: Graph) -> Iterator[str]:
         yield f"graph: the layers {given} are given, only the head may be"
 
 
-def _target_chain(target: Graph) -> list[tuple]:
+def _order(nodes: Mapping[str, TicketNode] | Mapping[str, Node], last: str) -> list[str]:
+    """Names of the nodes that lead to `last`, those that a node reads before it: the same for equal graphs."""
+    order: dict[str, None] = {}
+    stack = [(last, False)]
+    while stack:
+        name, done = stack.pop()
+        if done:
+            order.setdefault(name)
+        elif name not in order:
+            stack.append((name, True))
+            stack.extend((before, False) for before in reversed(nodes[name].inputs))
+    return list(order)
+
+
+class _Operations:
+    """Operations in order; a node that stands for none has the position of the one in front of it."""
+
+    def __init__(self) -> None:
+        self.found: list[Operation] = []
+        self.position: dict[str, int] = {}
+        self.flat: dict[str, bool] = {}  # whether what a node gives is flattened
+
+    def add(self, node: TicketNode | Node, inputs: tuple[str, ...], *operation, flat: bool) -> None:
+        before = tuple(self.position[name] for name in inputs)
+        self.position[node.name], self.flat[node.name] = len(self.found), flat
+        self.found.append((*operation, before))
+
+    def skip(self, node: TicketNode | Node, *, flat: bool) -> None:
+        self.position[node.name], self.flat[node.name] = self.position[node.inputs[0]], flat
+
+
+def _target_operations(target: Graph) -> list[Operation]:
     """The target's operations, each with what matters of it. A flatten shows in the layers behind it."""
-    chain, flat, channels = [], False, None
     nodes = {node.name: node for node in target.nodes}
-    path = [next(node for node in target.nodes if node.op == "output")]
-    while path[-1].inputs:
-        path.append(nodes[path[-1].inputs[0]])
-    for node in reversed(path):
+    result = _Operations()
+    channels: dict[str, int] = {}  # of the nodes behind a layer
+    for name in _order(nodes, target.nodes[-1].name):
+        node = nodes[name]
+        flat = any(result.flat[before] for before in node.inputs)
+        if node.inputs and node.inputs[0] in channels:
+            channels[name] = channels[node.inputs[0]]
         if node.op == "flatten":
-            flat = True
-        elif node.op == "activation":
-            chain.append(_activation(node))
-        elif node.op == "max_pool":
-            chain.append(("max_pool", *(tuple(node.attributes[k]) for k in ("kernel_size", "stride", "padding")), flat))
+            result.skip(node, flat=True)
+            continue
+        operation: tuple = (node.op,)
+        if node.activation is not None:
+            phi = node.activation
+            operation = ("activation", phi.name, phi.slope_neg if phi.name == "leaky_relu" else None)
+        elif node.op in ("max_pool", "avg_pool"):
+            operation = (node.op, *_plain(node.attributes), flat)
         elif node.layer is not None:
             layer = node.layer
-            reads = layer.weight[0].numel()
+            before = layer.weight.shape[1] if layer.kind == "conv" else channels.get(node.inputs[0], layer.weight.shape[1])
+            taps = layer.weight[0].numel() // before
             kernel = tuple(layer.weight.shape[2:])
-            before = layer.weight.shape[1] if layer.kind == "conv" or channels is None else channels
-            taps = reads // before
-            chain.append((node.name, layer.kind, kernel, layer.stride, layer.padding, layer.dilation, taps, flat))
-            channels = len(layer.weight)
-            flat = flat or layer.kind == "linear"
+            operation = (name, layer.kind, kernel, layer.stride, layer.padding, layer.dilation, taps, flat)
+            channels[name], flat = len(layer.weight), flat or layer.kind == "linear"
         elif node.op == "output":
-            chain.append(("output", flat))
-    return chain
+            operation = ("output", flat)
+        result.add(node, node.inputs, *operation, flat=flat)
+    return result.found
 
 
-def _activation(node: Node) -> tuple:
-    phi = node.activation
-    assert phi is not None
-    return ("activation", phi.name, phi.slope_neg if phi.name == "leaky_relu" else None)
-
-
-def _ticket_chain(ticket: Ticket) -> list[tuple] | str:
+def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
     """The ticket's operations in the same form, a pair of layers as one; or what is wrong with a pair."""
-    chain, flat = [], False
     nodes = {node.name: node for node in ticket.graph}
-    path = [ticket.graph[-1]]
-    while path[-1].inputs:
-        path.append(nodes[path[-1].inputs[0]])
-    if len(path) != len(ticket.graph):
-        return f"graph: {len(ticket.graph) - len(path)} nodes do not lead to the output"
-    copies: SourceLayer | None = None
-    inner = False  # behind copies, in front of the activation inside their pair
-    for node in reversed(path):
+    order = _order(nodes, ticket.graph[-1].name)
+    if len(order) != len(ticket.graph):
+        return f"graph: {len(ticket.graph) - len(order)} nodes do not lead to the output"
+    result = _Operations()
+    copies: dict[str, SourceLayer] = {}  # node inside a pair -> the pair's first layer
+    active: set[str] = set()  # those of them that are behind the activation inside the pair
+    for name in order:
+        node = nodes[name]
         layer = ticket.layer(node.attributes["layer"]) if node.op == "layer" else None
-        if inner and node.op != "activation":
-            return f"graph: node '{node.name}' follows copies, an activation must"
-        if copies is not None and not inner and node.op != "flatten" and (layer is None or layer.role != "pair"):
-            return f"graph: node '{node.name}' follows the copies of {copies.target}, the sums must"
-        if inner:
-            inner = False
-        elif node.op == "flatten":
-            flat = True
-        elif node.op == "activation":
-            chain.append(("activation", node.attributes["function"], node.attributes.get("negative_slope")))
-        elif node.op == "max_pool":
-            chain.append(("max_pool", *(tuple(node.attributes[k]) for k in ("kernel_size", "stride", "padding")), flat))
-        elif node.op == "given":
-            chain.append((node.attributes["target"], "linear", (), *_PLAIN, node.attributes["taps"], flat))
-            flat = True
+        flat = any(result.flat[before] for before in node.inputs)
+        pair = copies.get(node.inputs[0]) if node.inputs else None
+        if pair is not None and node.op in ("activation", "flatten"):
+            if node.op == "activation" and (node.inputs[0] in active or len(_readers(ticket, node.inputs[0])) != 1):
+                return f"graph: node '{name}' follows the copies of {pair.target}, the sums must"
+            copies[name] = pair
+            if node.op == "activation" or node.inputs[0] in active:
+                active.add(name)
+            result.skip(node, flat=flat or node.op == "flatten")
+        elif pair is not None:
+            if layer is None or layer.role != "pair" or layer.target != pair.target:
+                return f"graph: node '{name}' follows the copies of {pair.target}, the sums must"
+            if node.inputs[0] not in active and not _linear(target, layer.target):
+                return f"graph: node '{name}' follows copies, an activation must"
+            result.add(node, node.inputs, *_operation(layer, flat), flat=flat or layer.kind == "linear")
         elif layer is not None and layer.role == "copies":
             if _not_univariate(layer):
                 return f"layer {layer.name}: copies need a 1x1 layer with stride 1 and without padding"
-            copies, inner = layer, True
+            copies[name] = layer
+            result.skip(node, flat=flat)
         elif layer is not None:
-            if (layer.role == "pair") != (copies is not None) or (copies and copies.target != layer.target):
+            if layer.role == "pair":
                 return f"layer {layer.name}: has no copies of its own before it, or has them without being of a pair"
-            chain.append(
-                (
-                    layer.target,
-                    layer.kind,
-                    layer.shape[2:],
-                    layer.stride,
-                    layer.padding,
-                    layer.dilation,
-                    layer.taps,
-                    flat,
-                )
-            )
-            copies = None
-            flat = flat or layer.kind == "linear"
+            result.add(node, node.inputs, *_operation(layer, flat), flat=flat or layer.kind == "linear")
+        elif node.op == "flatten":
+            result.skip(node, flat=True)
+        elif node.op == "given":
+            operation = (node.attributes["target"], "linear", (), *_PLAIN, node.attributes["taps"], flat)
+            result.add(node, node.inputs, *operation, flat=True)
+        elif node.op == "activation":
+            attributes = node.attributes
+            operation = ("activation", attributes["function"], attributes.get("negative_slope"))
+            result.add(node, node.inputs, *operation, flat=flat)
+        elif node.op in ("max_pool", "avg_pool"):
+            result.add(node, node.inputs, node.op, *_plain(node.attributes), flat, flat=flat)
         elif node.op == "output":
-            chain.append(("output", flat or _flattens(node)))
-    return chain
+            result.add(node, node.inputs, "output", flat or bool(node.attributes.get("flatten")), flat=flat)
+        else:
+            result.add(node, node.inputs, node.op, flat=flat)
+    return result.found
 
 
 _PLAIN = ((1, 1), (0, 0), (1, 1))  # stride, padding, dilation
 
 
+def _operation(layer: SourceLayer, flat: bool) -> tuple:
+    return (
+        layer.target, layer.kind, layer.shape[2:], layer.stride, layer.padding, layer.dilation, layer.taps, flat
+    )  # fmt: skip
+
+
+def _plain(attributes: dict) -> tuple:
+    """A pooling's attributes, which JSON has turned into lists."""
+    return tuple(
+        tuple(value) if isinstance(value, list | tuple) else value for _, value in sorted(attributes.items())
+    )  # fmt: skip
+
+
+def _linear(target: Graph, name: str) -> bool:
+    """Whether the pair for a layer of the target has no activation inside: a projection, or a linear network's."""
+    plain = all(node.activation is None or node.activation.name == "identity" for node in target.nodes)
+    return plain or (name in target.layers and target.is_projection(name))
+
+
+def _readers(ticket: Ticket, name: str) -> list[TicketNode]:
+    return [node for node in ticket.graph if name in node.inputs]
+
+
 def _not_univariate(layer: SourceLayer) -> bool:
     kernel = all(n == 1 for n in layer.shape[2:])
     return not kernel or layer.taps != 1 or (layer.stride, layer.padding, layer.dilation) != _PLAIN
-
-
-def _flattens(node: TicketNode) -> bool:
-    return bool(node.attributes.get("flatten"))

@@ -1,0 +1,123 @@
+"""What is known of a target before any random number is drawn: which nodes share slots, and where constants come from.
+
+Elementwise operations, pooling and sums keep a channel's index, so that the nodes between layers form streams: slot p
+of a residual block's output is slot p of its input (section 3.3, skip connections). A stream has one or several
+writers, the layers whose rows are its slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ltx.errors import ConstructionError
+from ltx.graph import Graph, Node, above
+
+IMAGE = "input"  # the stream of the image itself
+LEAST_CONSTANT = 0.1  # a constant nearer to 0, or further out than its inverse, is no use in a base set
+
+
+@dataclass(frozen=True)
+class Constants:
+    """How a stream's constant slots come about.
+
+    sums: whether the row of the stream's first writer sums constants to 1; otherwise all rows are pruned, because
+    phi(0) or a given shift is constant and not 0. norm: the channel whose batch norm a constant slot has.
+    """
+
+    sums: bool
+    norm: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Streams of a target; a stream is named after the first node in it."""
+
+    stream: Mapping[str, str]  # node -> its stream
+    writers: Mapping[str, tuple[str, ...]]  # stream -> its layers, in order
+    constants: Mapping[str, Constants]  # stream -> how its constants are made, where any are needed
+    needs: frozenset[str]  # layers that read constants
+
+
+def layout(graph: Graph, epsilon: float, *, kept: str | None) -> Layout:
+    """Find the streams of a target.
+
+    Args:
+        kept: a layer that is taken from the target and reads no constants.
+
+    Raises:
+        ConstructionError: a sum with the image, of an image with a vector, or a bias that no constant can make.
+    """
+    stream: dict[str, str] = {}
+    for node in graph.nodes:
+        joined = {stream[name] for name in node.inputs} if node.op not in ("input", "layer") else set()
+        stream[node.name] = min(joined, key=list(stream).index) if joined else node.name
+        if len(joined) > 1:
+            stream = {name: stream[node.name] if s in joined else s for name, s in stream.items()}
+    for node in graph.nodes:
+        if node.op == "add" and stream[node.name] == IMAGE:
+            raise ConstructionError(
+                f"node '{node.name}' adds the image itself, whose channels cannot be widened; put a layer in between"
+            )
+    writers = {
+        name: tuple(n.name for n in graph.nodes if n.op == "layer" and stream[n.name] == name)
+        for name in dict.fromkeys(stream.values())
+    }
+    constants: dict[str, Constants] = {}
+    needs: set[str] = set()
+    for name in reversed(writers):
+        # readers stand behind a stream, so that what they need is known; all but the image can have constants
+        readers = [n for n in graph.nodes if n.op == "layer" and stream[n.inputs[0]] == name and n.name != kept]
+        for node in readers:
+            assert node.layer is not None
+            made = constants.get(stream[node.name])
+            first = writers[stream[node.name]][0] == node.name
+            if bool(above(node.layer.bias, epsilon).any()) or (made is not None and made.sums and first):
+                needs.add(node.name)
+        places = dict.fromkeys(node.inputs[0] for node in readers if node.name in needs)
+        if places and name != IMAGE:
+            constants[name] = _constants(graph, writers[name], tuple(places))
+    return Layout(stream, writers, constants, frozenset(needs))
+
+
+def _constants(graph: Graph, writers: tuple[str, ...], places: tuple[str, ...]) -> Constants:
+    """The way to make constants of a stream that are nearest to 1 at `places`, pruned rows first."""
+    layer = graph[writers[0]].layer
+    assert layer is not None
+    channels = torch.arange(len(layer.weight))
+    best: tuple[float, Constants] = (0.0, Constants(True, 0))
+    for sums in (False, True):
+        start = {writers[0]: torch.full((len(channels),), float(sums), dtype=torch.float64)}
+        worth = torch.stack([constant_value(graph, place, start, channels).abs() for place in places])
+        worth = torch.minimum(worth, 1 / worth).amin(0)
+        if float(worth.max()) > best[0]:
+            best = float(worth.max()), Constants(sums, int(worth.argmax()))
+        if best[0] >= LEAST_CONSTANT:
+            return best[1]
+    raise ConstructionError(
+        f"layer {writers[0]}: no slot behind it can be made constant, which the biases behind '{places[0]}' need"
+    )
+
+
+def constant_value(graph: Graph, place: str, start: Mapping[str, Tensor], channels: Tensor) -> Tensor:
+    """The value at `place` of slots whose layers' outputs are constant, (n,) float64.
+
+    Args:
+        start: layer -> its outputs (n,); those of other layers are 0, their rows pruned.
+        channels: (n,) whose batch norm each slot has.
+    """
+
+    def value(node: Node) -> Tensor:
+        if node.op == "layer":
+            return start.get(node.name, torch.zeros(len(channels), dtype=torch.float64))
+        inside = [value(graph[name]) for name in node.inputs]
+        if node.batch_norm is not None:
+            return inside[0] * node.batch_norm.scale.double()[channels] + node.batch_norm.shift.double()[channels]
+        if node.activation is not None:
+            return node.activation.fn(inside[0])
+        return inside[0] + inside[1] if node.op == "add" else inside[0]
+
+    return value(graph[place])
