@@ -31,6 +31,8 @@ _FLAGS_WITH_VALUE = (
 )  # fmt: skip
 _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
 SUMS = ("subset-sum", "figures", "bench")  # commands about random subset-sum problems alone
+LOWER = {"train-target": "lower target.batch_size, or use device=cpu"}  # what to do when memory has run out
+LOWER_ELSEWHERE = "lower m, give a larger epsilon, or use device=cpu"
 POSITIONAL = {"verify": "ticket", "eval": "ticket"}  # `ltx verify FILE` is `ltx verify ticket=FILE`
 
 
@@ -104,6 +106,13 @@ def _unused(command: str, overrides: list[str]) -> str | None:
     return None
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory has run out, the processor's or the GPU's."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _quoted(key: str, argument: str) -> str:
     """`FILE` -> `key='FILE'`, whatever characters it has."""
     escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
@@ -135,10 +144,14 @@ def _hydra(command: str, overrides: list[str]) -> int:
         try:
             task = importlib.import_module(f"ltx.tasks.{COMMANDS[command][0]}")
             artefact = task.run(config.settings_from(cfg))
-        except (LtxError, OmegaConfBaseException) as error:
+        except (LtxError, OmegaConfBaseException, MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError | RuntimeError):
+                if not _out_of_memory(error):
+                    raise
+                error = LtxError(f"out of memory: {LOWER.get(command, LOWER_ELSEWHERE)}")
             hydra_config = HydraConfig.get()
             if hydra_config.launcher and not hydra_config.launcher._target_.endswith("BasicLauncher"):
-                raise  # the job runs elsewhere: only its exception comes back
+                raise error  # the job runs elsewhere: only its exception comes back
             failures.append(_line(error))
             _fail(failures[-1])
             return

@@ -14,11 +14,12 @@ from ltx.errors import LtxError
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 
 # Hydra matches enums by name, and these names are no identifiers
-Construction = Enum("Construction", {"2L": "2L", "L+1": "L+1"})
+Construction = Enum("Construction", {"2L": "2L", "L+1": "L+1", "sampled": "sampled"})
 Selection = Enum("Selection", {"smallest": "smallest", "best": "best"})
 Law = Enum("Law", {"uniform": "uniform", "product": "product", "normal": "normal"})
 Head = Enum("Head", {"keep": "keep", "construct": "construct"})
 Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
+BatchNorm = Enum("BatchNorm", {"keep": "keep", "fold": "fold"})
 Scope = Enum("Scope", {"local": "local", "global": "global"})
 Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
 ActivationName = Enum("ActivationName", {a: a for a in ("relu", "leaky_relu", "tanh", "sigmoid", "identity")})
@@ -37,6 +38,7 @@ class TargetSettings:
     density: float | None = MISSING  # share kept of every layer at the end; null: the activation's
     densities: dict[str, float] = field(default_factory=dict)  # per activation
     scope: Scope = Scope.local  # type: ignore[attr-defined]
+    head: Head = Head.keep  # type: ignore[attr-defined]  # what the paper does with this network's
     batch_size: int = MISSING
     learning_rate: float = MISSING
     weight_decay: float = 1e-4
@@ -81,6 +83,7 @@ class Settings:
     selection: Selection = Selection.smallest  # type: ignore[attr-defined]
     head: Head = Head.keep  # type: ignore[attr-defined]
     scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
+    batch_norm: BatchNorm = BatchNorm.keep  # type: ignore[attr-defined]
     law: Law = Law.uniform  # type: ignore[attr-defined]
     theta: float | None = None
     problems: int = 100_000

@@ -23,10 +23,10 @@ class Comparison:
     max_deviation: float  # largest |f_t(x) - f_eps(x)| over images and outputs
 
 
-def compare(target: nn.Module, ticket: nn.Module, split: Split) -> Comparison:
-    """Run target and ticket, both on the split's device, on all of its images."""
+def compare(theirs: Tensor, ticket: nn.Module, split: Split) -> Comparison:
+    """Run a ticket on all images of a split, on their device, beside the target's `outputs` for them."""
     small = 32 if split.images.device.type == "cpu" else 500  # a ticket is wide: keep its tensors in the cache
-    theirs, ours = outputs(target, split.images), outputs(ticket, split.images, batch_size=small)
+    ours = outputs(ticket, split.images, batch_size=small)
     return Comparison(
         percent_right(theirs, split.labels), percent_right(ours, split.labels),
         percent_right(ours, theirs.argmax(1)), float((ours - theirs).abs().max()),
@@ -38,7 +38,13 @@ def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tenso
     """The model's outputs in eval mode and float32, (N, classes), on the images' device."""
     keep_freed_memory()
     with eval_mode(model):
-        return torch.cat([model(batch) for batch in images.split(batch_size)])
+        try:
+            return torch.cat([model(batch) for batch in images.split(batch_size)])
+        except torch.OutOfMemoryError:  # a ticket may be wider than the GPU's memory allows
+            if batch_size == 1:
+                raise
+    torch.cuda.empty_cache()
+    return outputs(model, images, batch_size=batch_size // 2)
 
 
 @contextlib.contextmanager

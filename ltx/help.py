@@ -10,12 +10,14 @@ FILE = ("eval", "verify")
 
 # key, default, values, meaning, commands that look at it
 SETTINGS = (
-    ("target", "mnist", "mnist, digits", "network, data and densities together", ALL),
+    ("target", "mnist", "mnist, resnet22, digits", "network, data and densities together", ALL),
     ("activation", "relu", "relu, leaky_relu, tanh, sigmoid, identity", "of the target", ALL),
     ("protocol", "quick", "paper, quick, smoke", "12 x 50, 12 x 2, 2 x 1 rounds x epochs of training", ALL),
     ("protocol.rounds", "12", "1 or more", "pruning steps", TRAIN),
     ("protocol.epochs", "2", "1 or more", "of training after each pruning step", TRAIN),
-    ("target.density", "0.1", "(0, 1]", "share that pruning keeps", TRAIN),
+    ("target.density", "0.1", "(0, 1], null", "share that pruning keeps; null: the activation's", TRAIN),
+    ("target.crop", "0", "0 to 16", "pixels by which training images are shifted at random", TRAIN),
+    ("target.flip", "false", "true, false", "mirror training images at random", TRAIN),
     ("target.scope", "local", "local, global", "prune every layer to the density, or all together", TRAIN),
     ("target.seed", "0", "0 or more", "of initialisation and training", TRAIN),
     ("target.batch_size", "256", "1 or more", "images of a training step", TRAIN),
@@ -23,7 +25,7 @@ SETTINGS = (
     ("target.weight_decay", "0.1", "0 or more", "AdamW's", TRAIN),
     ("target.bound", "0.99", "positive, null", "parameters are kept within it", TRAIN),
     ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", TICKET),
-    ("construction", "L+1", "2L, L+1", "two source layers for a target layer, or one", TICKET),
+    ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", TICKET),
     ("law", "uniform", "uniform, product, normal", "of the base sets", ("subset-sum", "bench")),
     ("m", "15", "1 to 32", "base set size", (*TICKET, "subset-sum", "figures")),
     ("epsilon", "0.01", "positive", "allowed error of one parameter", (*TICKET, *SUMS)),
@@ -39,6 +41,7 @@ SETTINGS = (
     ("seconds", "2", "positive", "how long to measure each solver at each m", ("bench",)),
     ("head", "keep", "keep, construct", "take the classifier from the target, or approximate it", TICKET),
     ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", TICKET),
+    ("batch_norm", "keep", "keep, fold", "take batch norm from the target, or fold it into its weights", TICKET),
     ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*TICKET, *SUMS)),
     ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
     ("limit", "null", "1 or more", "evaluate a fixed random subset of the test images", ("eval",)),

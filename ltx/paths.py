@@ -28,8 +28,12 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
     """The ticket that `ltx construct` writes with these settings for the target of that SHA-256."""
     s = settings
     target = f"{s.target.name}-{s.activation.value}-{target_digest[:8]}"
+    if s.construction.value == "sampled":
+        name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-seed{s.seed}"
+        return Path(s.output_dir) / "tickets" / target / name / "sampled.safetensors"
+    fold = "-fold" if s.batch_norm.value == "fold" else ""
     name = (
-        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-{s.head.value}-{s.scaling.value}"
+        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-{s.head.value}-{s.scaling.value}{fold}"
         f"-seed{s.seed}"
     )
     return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"

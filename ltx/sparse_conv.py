@@ -1,7 +1,8 @@
 """Convolution with a masked kernel on the CPU: work in proportion to the kept parameters, not to the width.
 
 A ticket keeps 1 to 2 % of a wide source. Each kept entry adds one shifted channel to one output channel; on
-zero-padded rows laid end to end that is a single contiguous multiply-add.
+zero-padded rows laid end to end, small images one behind the other, that is a single contiguous multiply-add. With a
+stride s, every s-th pixel goes into a channel of its own, so that what a tap reads is contiguous again.
 """
 
 from __future__ import annotations
@@ -36,36 +37,59 @@ class SparseConvolution:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"input of shape {tuple(x.shape)}: the convolution takes {self.channels} channels")
         h, w = ((x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1))
+        tall, wide = (-(-(x.shape[2 + d] + 2 * self.padding[d]) // self.stride[d]) for d in (0, 1))
+        (sy, sx), phases = self.stride, self.stride[0] * self.stride[1]
+        row = self.channel * phases + self.dy % sy * sx + self.dx % sx
+        shift = self.dy // sy * wide + self.dx // sx
         out = np.empty((len(x), len(self.bias), h, w), np.float32)
         _convolve(
-            x.detach().contiguous().numpy(), self.begin, self.channel, self.dy, self.dx, self.value, self.bias,
-            self.used, self.stride[0], self.stride[1], self.padding[0], self.padding[1], self.reach[1], out,
+            x.detach().contiguous().numpy(), self.begin, row, shift, self.value, self.bias, self.used, sy, sx,
+            self.padding[0], self.padding[1], tall, wide, max(1, LENGTH // (tall * wide)), out,
         )  # fmt: skip
         return torch.from_numpy(out)
 
 
+LENGTH = 640  # pixels that are added at a time, of several images where they are small
+
+
 @numba.njit(cache=True, parallel=True, fastmath={"contract"})
-def _convolve(x, begin, channel, dy, dx, value, bias, used, sy, sx, py, px, reach, out):
-    _, channels, height, width = x.shape
-    wide = width + 2 * px
+def _convolve(x, begin, row, shift, value, bias, used, sy, sx, py, px, tall, wide, group, out):
+    """Images in groups; tall and wide are those of a zero-padded image of every sy-th row and sx-th column."""
+    images, channels, height, width = x.shape
     rows_out, cols_out = out.shape[2], out.shape[3]
-    length = (rows_out - 1) * sy * wide + (cols_out - 1) * sx + 1  # last position that is read, plus 1
-    for n in numba.prange(len(x)):
-        # zero-padded rows end to end; the slack keeps the last shifts inside
-        padded = np.zeros((channels, (height + 2 * py) * wide + reach), np.float32)
+    size, phases = tall * wide, sy * sx
+    for g in numba.prange((images + group - 1) // group):
+        first = g * group
+        many = min(group, images - first)
+        padded = np.zeros((channels * phases, many * size), np.float32)
         for c in used:
-            for y in range(height):
-                start = (y + py) * wide + px
-                padded[c, start : start + width] = x[n, c, y]
+            for n in range(many):
+                for y in range(height):
+                    to = n * size + (y + py) // sy * wide
+                    phase = c * phases + (y + py) % sy * sx
+                    if sx == 1:
+                        padded[phase, to + px : to + px + width] = x[first + n, c, y]
+                    else:
+                        for z in range(width):
+                            padded[phase + (z + px) % sx, to + (z + px) // sx] = x[first + n, c, y, z]
+        length = (many - 1) * size + (rows_out - 1) * wide + cols_out  # up to the last position that is written
         total = np.empty(length, np.float32)
         for o in range(len(bias)):
             total[:] = bias[o]
-            for e in range(begin[o], begin[o + 1]):
-                shift = dy[e] * wide + dx[e]
-                shifted = padded[channel[e], shift : shift + length]
-                weight = value[e]
+            e, end = begin[o], begin[o + 1]
+            while e + 4 <= end:  # four at a time: the sums are loaded and stored less often
+                x0, x1 = padded[row[e], shift[e] :], padded[row[e + 1], shift[e + 1] :]
+                x2, x3 = padded[row[e + 2], shift[e + 2] :], padded[row[e + 3], shift[e + 3] :]
+                w0, w1, w2, w3 = value[e], value[e + 1], value[e + 2], value[e + 3]
                 for p in range(length):
-                    total[p] += weight * shifted[p]
-            for y in range(rows_out):
-                for z in range(cols_out):
-                    out[n, o, y, z] = total[y * sy * wide + z * sx]
+                    total[p] += w0 * x0[p] + w1 * x1[p] + w2 * x2[p] + w3 * x3[p]
+                e += 4
+            while e < end:
+                x0, w0 = padded[row[e], shift[e] :], value[e]
+                for p in range(length):
+                    total[p] += w0 * x0[p]
+                e += 1
+            for n in range(many):
+                for y in range(rows_out):
+                    for z in range(cols_out):
+                        out[first + n, o, y, z] = total[n * size + y * wide + z]

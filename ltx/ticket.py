@@ -112,6 +112,23 @@ class Ticket:
 
         return read_channels(self.graph, self.given, columns)
 
+    def node_labels(self) -> dict[str, Tensor | None]:
+        """Node -> the target channel that each of its channels stands for, DEAD or CONSTANT; None: as in the image."""
+        labels: dict[str, Tensor | None] = {}
+        for node in self.graph:
+            if node.op == "layer":
+                labels[node.name] = self.slots[node.attributes["layer"]]
+            elif node.op == "given":
+                labels[node.name] = torch.arange(len(self.given[f"{node.name}.bias"]))
+            elif node.op == "add":
+                one, other = (labels[name] for name in node.inputs)
+                assert one is not None
+                assert other is not None
+                labels[node.name] = torch.where(one == other, one, DEAD)
+            else:
+                labels[node.name] = labels[node.inputs[0]] if node.inputs else None
+        return labels
+
     def to_module(self, *, device: str = "cpu") -> TicketNetwork:
         """The ticket as an nn.Module that needs nothing of the target's code."""
         from ltx.network import TicketNetwork

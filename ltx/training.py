@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -181,7 +182,9 @@ def _restore(optimizer, schedule, model: nn.Module, state: Mapping[str, Tensor],
         like = model.get_parameter(parameter)
         optimizer.state[like][key] = tensor if key == "step" else tensor.to(like.device)
     schedule.load_state_dict(schedule.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
-    for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
+    with warnings.catch_warnings(action="ignore"):  # it wants to be called by step() alone
+        rates = schedule.get_lr()  # sets the momenta too
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 

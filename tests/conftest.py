@@ -60,13 +60,35 @@ def ltx(capsys, tmp_path):
     return run
 
 
-@pytest.fixture(scope="session")
-def mnist_root() -> Path:
-    """Where real MNIST lies (LTX_DATA); skips without it, fails where LTX_REQUIRE_MNIST says it must be there."""
-    root = Path(os.environ.get("LTX_DATA", "/nowhere"))
-    if not (root / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file():
-        message = f"real MNIST is not below LTX_DATA={os.environ.get('LTX_DATA', '')}"
-        if os.environ.get("LTX_REQUIRE_MNIST"):
+def _required(path: Path, what: str) -> None:
+    """Skip a test without its data; fail it where LTX_REQUIRE_DATA says that they must be there."""
+    if not path.is_file():
+        message = f"{what} is not there: {path}"
+        if os.environ.get("LTX_REQUIRE_DATA"):
             pytest.fail(message)
         pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """Where real MNIST lies (LTX_DATA)."""
+    root = Path(os.environ.get("LTX_DATA", "/nowhere"))
+    _required(root / "MNIST" / "raw" / "t10k-images-idx3-ubyte", "real MNIST")
     return root
+
+
+@pytest.fixture(scope="session")
+def cifar_root() -> Path:
+    """Where real CIFAR-10 lies (LTX_DATA)."""
+    root = Path(os.environ.get("LTX_DATA", "/nowhere"))
+    _required(root / "cifar-10-batches-py" / "test_batch", "real CIFAR-10")
+    return root
+
+
+@pytest.fixture(scope="session")
+def author_target() -> Path:
+    """The residual target that the paper's author released: LTX_AUTHOR_TARGET, else where CI has it."""
+    beside = ROOT.parent / "shared" / "reference" / "resnet-sigmoid.pt"
+    path = Path(os.environ.get("LTX_AUTHOR_TARGET", beside))
+    _required(path, "the author's ResNet-22 (RelationalML/LT-existence)")
+    return path

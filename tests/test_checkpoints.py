@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ltx.activations import ACTIVATIONS
 from ltx.errors import CheckpointError, LtxError
 from ltx.graph import trace
-from ltx.targets import build, load_into, pack, prunable, read_checkpoint, save_target
+from ltx.targets import build, load_into, pack, prunable, read_checkpoint, resnet22, save_target
 
 
 def fresh(shape=(1, 8, 8)):
@@ -37,6 +38,59 @@ def test_dense_file_has_synaptic_flows_keys(tmp_path):
     state = read_checkpoint(tmp_path / "a.safetensors").state
     assert set(state) == {f"{n}.{p}{m}" for n in "025" for p in ("weight", "bias") for m in ("", "_mask")}
     assert state["0.weight"].shape == state["0.weight_mask"].shape == (32, 1, 3, 3)
+
+
+def residual(width=16, blocks=3):
+    return resnet22(ACTIVATIONS["sigmoid"], width=width, blocks=blocks)
+
+
+def synaptic_flow_state(model):
+    """The state as Synaptic-Flow writes it: masks of batch norm and weights of identity shortcuts, all ones."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            state |= {f"{name}.{p}_mask": torch.ones(module.num_features) for p in ("weight", "bias")}
+        if isinstance(module, torch.nn.Identity) and name.endswith("shortcut"):
+            channels = model.get_submodule(name.replace("shortcut", "bn2")).num_features
+            state |= {f"{name}.weight{m}": torch.ones(channels, 1, 1) for m in ("", "_mask")}
+    return state
+
+
+def test_residual_checkpoints_in_the_authors_layout(tmp_path):
+    model = residual()
+    state = synaptic_flow_state(model)
+    assert {"bn.weight_mask", "blocks.0.shortcut.weight", "blocks.3.shortcut.0.weight_mask"} <= set(state)
+    torch.save(state, tmp_path / "a.pt")
+    loaded = load_into(residual(), read_checkpoint(tmp_path / "a.pt"), network="resnet22")
+    assert trace(loaded).digest() == trace(model.eval()).digest()
+    for key in ("bn.weight_mask", "blocks.0.shortcut.weight"):  # pruned batch norm, a scaled shortcut: not this network
+        torch.save({**state, key: state[key] * 0}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=f"not a resnet22 .unexpected '{key}'"):
+            load_into(residual(), read_checkpoint(tmp_path / "a.pt"), network="resnet22")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (dict(width=8), r"'conv.weight' has shape \(8, 3, 3, 3\), resnet22 needs \(16, 3, 3, 3\)"),
+        (dict(blocks=2), "keys missing"),
+        (dict(blocks=4), "unexpected"),
+    ],
+)
+def test_residual_checkpoints_of_another_depth_or_width(tmp_path, other, message):
+    torch.save(residual(**other).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message + r".* choose the target= it was made for"):
+        load_into(residual(), read_checkpoint(tmp_path / "a.pt"), network="resnet22")
+
+
+def test_packed_residual_targets_keep_batch_norm(tmp_path):
+    model = residual()
+    with torch.no_grad():
+        model.bn.running_var += 1
+    save_target(tmp_path / "dense.safetensors", model, {})
+    pack(tmp_path / "packed.safetensors", read_checkpoint(tmp_path / "dense.safetensors"))
+    loaded = load_into(residual(), read_checkpoint(tmp_path / "packed.safetensors"), network="resnet22")
+    assert trace(loaded).digest() == trace(model.eval()).digest()
 
 
 def test_missing_truncated_and_foreign_files(tmp_path):

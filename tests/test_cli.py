@@ -65,7 +65,7 @@ def test_command_help_lists_the_settings(command, ltx):
 def test_help_states_the_settings_as_they_are(ltx):
     import yaml
 
-    _, out, _ = ltx("construct", "target=mnist", "--cfg", "job")
+    _, out, _ = ltx("construct", "target=mnist", "--cfg", "job", "--resolve")
     config = yaml.safe_load(out)
     seen = set()
     for key, default, *_ in SETTINGS:
@@ -197,7 +197,7 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
         (["prune"], "unknown command 'prune'; there are train-target"),
         (["construct", "colour=red"], "'colour'"),
         (["construct", "activation=swish"], "expected one of [relu, leaky_relu, tanh, sigmoid, identity]"),
-        (["construct", "construction=3L"], "expected one of [2L, L+1]"),
+        (["construct", "construction=3L"], "expected one of [2L, L+1, sampled]"),
         (["construct", "--fast"], "unknown flag '--fast'"),
         (["construct", "m", "15"], "'m' is no setting; settings are written KEY=VALUE"),
         (["construct", "construction=2L,L+1"], "construction"),
@@ -308,3 +308,74 @@ def test_environment_is_left_as_it_was(ltx):
     before = dict(os.environ)
     ltx("construct", "m=0")
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "task", "setting"),
+    [("train-target", "train_target", "target.batch_size"), ("construct", "construct", "device=cpu")],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
+def test_out_of_memory_names_the_setting_to_lower(ltx, monkeypatch, command, task, setting, error):
+    import importlib
+
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(f"ltx.tasks.{task}"), "run", run)
+    status, out, err = ltx(command, *SMOKE)
+    assert (status, out) == (1, "")
+    assert "out of memory" in one_line(err)
+    assert setting in err
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory):
+    """An output_dir with a ResNet-22 for digits, a target with sampled errors and explicit tickets, all evaluated."""
+    folder = tmp_path_factory.mktemp("residual")
+    more = ("target.network=resnet22", "target.density=0.1", "target.head=construct", "protocol.rounds=1", "m=12",
+            "epsilon=0.03", f"output_dir={folder}")  # fmt: skip
+    settings = ("--multirun", *SMOKE, *more)
+    assert cli.run(["train-target", *SMOKE, *more]) == 0
+    for command in ("construct", "eval"):
+        assert cli.run([command, *settings, "construction=sampled,L+1,2L", "seed=0,1"]) == 0
+    return folder, (*SMOKE, *more)
+
+
+def test_residual_network_from_training_to_tables(residual, ltx):
+    folder, settings = residual
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("tickets/*/*/result.json")}
+    assert sorted(r["kind"] for r in results.values()) == ["explicit"] * 4 + ["sampled"] * 2
+    for result in results.values():
+        assert result["network"] == "resnet22"
+        assert result["ticket_parameters"] > result["target_parameters"]
+        assert result["batch_norm"] == "keep"
+    accounts = [json.loads(path.read_text()) for path in folder.glob("tickets/*/*/deviation.json")]
+    assert len(accounts) == 6
+    assert all(len(account["layers"]) == 19 for account in accounts)
+    assert ltx("verify", *settings, "construction=2L", "seed=1")[0] == 0
+    status, out, err = ltx("construct", *settings, "construction=sampled", "seed=1")
+    assert (status, "there already" in err) == (0, True)
+    status, out, err = ltx("eval", *settings, "construction=sampled", "seed=1")
+    assert (status, "there already" in err) == (0, True)
+    status, out, _ = ltx("tables", *settings)
+    assert status == 0
+    assert "Table 3" in out
+    assert "Table 4" in out
+    tables = folder / "tables"
+    names = {path.name for path in tables.iterdir()}
+    assert {"table3-digits.md", "table4-digits.tex", "results-resnet22-digits.csv", "deviation-digits.png"} <= names
+    page = (tables / "table3-digits.md").read_text()
+    assert "| sampled " in page
+    assert "| explicit L+1 " in page
+    assert "| explicit 2L " in page
+
+
+@pytest.mark.parametrize("command", ["eval", "verify"])
+def test_sampled_errors_are_no_ticket(residual, ltx, command):
+    folder, settings = residual
+    path = next(folder.glob("tickets/*/sampled-*/sampled.safetensors"))
+    assert "format 'ltx-sampled/1' is not ltx-ticket/1" in one_line(ltx(command, str(path), *settings)[2])
+    if command == "verify":
+        assert "no ticket is built" in one_line(ltx(command, *settings, "construction=sampled")[2])
+    else:
+        assert "draw them with ltx construct" in one_line(ltx(command, *settings, "construction=sampled", "seed=9")[2])

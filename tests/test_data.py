@@ -52,6 +52,27 @@ def test_unreachable_mnist_says_what_to_do(tmp_path, monkeypatch):
         data.load("mnist", train=True, root=tmp_path)
 
 
+def test_cifar10_that_fails_its_checksum(tmp_path, monkeypatch):
+    import urllib.error
+
+    from torchvision.datasets import cifar
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", offline)
+    with pytest.raises(
+        DataError, match=r"CIFAR-10: .* does not hold it, and it could not be downloaded .*data.root=DIR"
+    ):
+        data.load("cifar10", train=True, root=tmp_path)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "test_batch", "batches.meta"):
+        (folder / name).write_bytes(b"not a batch")
+    with pytest.raises(DataError, match=r"CIFAR-10: .*cifar-10-batches-py holds damaged files .*data_batch_1 to 5"):
+        data.load("cifar10", train=False, root=tmp_path)
+
+
 def test_unknown_data_set():
     with pytest.raises(LtxError, match="'svhn' is not known; there are mnist, cifar10, digits"):
         data.load("svhn", train=True)

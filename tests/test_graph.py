@@ -61,13 +61,13 @@ class Branch(nn.Module):
         return self.conv(x) if x.sum() > 0 else x
 
 
-class Skip(nn.Module):
+class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(x) + x
+        return torch.add(self.conv(x), x, alpha=2)
 
 
 class Two(nn.Module):
@@ -79,12 +79,15 @@ class Two(nn.Module):
     ("model", "message"),
     [
         (Branch(), "Branch cannot be traced.*control flow"),
-        (Skip(), "module 'add'.*sums of streams"),
+        (Scaled(), "module 'add'.*only the sum of two streams"),
         (Two(), "one output"),
         (nn.Sequential(nn.Conv2d(2, 2, 3, groups=2)), "module '0' .Conv2d.: only convolutions with groups=1"),
         (nn.Sequential(nn.Conv2d(1, 1, 3, padding_mode="reflect")), "padding_mode='zeros'"),
         (nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), "even kernel"),
-        (nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1)), "module '1' .BatchNorm2d.: not supported"),
+        (nn.Sequential(nn.Conv2d(1, 1, 3), nn.GELU()), "module '1' .GELU.: not supported; there are Conv2d"),
+        (nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False)), "without running statistics"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(2)), "average over the whole image"),
+        (nn.Sequential(nn.AvgPool2d(2, padding=1)), "module '0' .AvgPool2d.: ceil_mode, padding"),
         (nn.Sequential(nn.Flatten(2)), "start_dim=1"),
         (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode"),
     ],

@@ -7,7 +7,7 @@ import torch
 
 from ltx import construct, data, verify
 from ltx.errors import DataError
-from ltx.evaluation import accuracy, compare
+from ltx.evaluation import accuracy, compare, outputs
 from ltx.graph import trace
 from ltx.paths import reference_dir
 from ltx.targets import build, load_into, read_checkpoint
@@ -49,7 +49,7 @@ def test_tickets_of_kept_targets(mnist_root, activation, construction):
     assert verify(ticket, trace(model)).ok
     split = data.load("mnist", train=False, root=mnist_root)
     some = data.Split(split.images[:2000], split.labels[:2000])
-    measured = compare(model, ticket.to_module(), some)
+    measured = compare(outputs(model, some.images), ticket.to_module(), some)
     assert measured.agreement > 99
     assert abs(measured.ticket_accuracy - measured.target_accuracy) < 0.6
 

@@ -43,6 +43,58 @@ def test_resumed_run_equals_unbroken_run(splits, tmp_path):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("network", ["mnist_cnn", "resnet22"])
+def test_a_run_killed_within_a_round_equals_an_unbroken_run(splits, tmp_path, monkeypatch, network):
+    """A checkpoint after every epoch holds the optimizer, batch norm's statistics and the place in the schedule."""
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    some = tuple(data.Split(s.images[:128], s.labels[:128]) for s in splits)
+    protocol = training.Protocol(rounds=2, epochs=4, batch_size=64, learning_rate=0.005, crop=1, flip=True)
+
+    def model(seed=0):
+        torch.manual_seed(seed)
+        return build(network, "relu", shape=(1, 8, 8), classes=10)
+
+    whole = model()
+    accuracy = training.train(whole, *some, protocol, 0.5, seed=3)
+
+    def stop_in_the_middle(progress):
+        if (progress.round, progress.epoch) == (2, 3):
+            raise Stop
+
+    checkpoint = tmp_path / "round.safetensors"
+    with pytest.raises(Stop):
+        training.train(model(), *some, protocol, 0.5, seed=3, checkpoint=checkpoint, on_progress=stop_in_the_middle)
+    seen, resumed = [], model(seed=99)
+    again = training.train(resumed, *some, protocol, 0.5, seed=3, checkpoint=checkpoint, on_progress=seen.append)
+    assert [(p.round, p.epoch) for p in seen] == [(2, 4)]
+    assert again == accuracy
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_shifts_and_mirrors_are_of_the_images(splits):
+    """Every training image is a shifted, perhaps mirrored, one of the split; without either it is the image itself."""
+    images = torch.arange(2 * 3 * 4 * 5).float().view(2, 3, 4, 5) + 1
+    split = data.Split(images, torch.tensor([0, 1]))
+    plain = training.Protocol(batch_size=2)
+    batch, labels = next(training._batches(split, plain, seed=(0, 1, 1)))
+    assert torch.equal(batch, images[labels])
+    changed = training.Protocol(batch_size=2, crop=2, flip=True)
+    seen = set()
+    for epoch in range(40):
+        batch, labels = next(training._batches(split, changed, seed=(0, 1, epoch)))
+        for image, label in zip(batch, labels, strict=True):
+            possible = {}
+            for mirrored in (False, True):
+                wide = torch.nn.functional.pad(images[label].flip(2) if mirrored else images[label], (2,) * 4)
+                possible |= {(mirrored, y, x): wide[:, y : y + 4, x : x + 5] for y in range(5) for x in range(5)}
+            found = [which for which, shifted in possible.items() if torch.equal(shifted, image)]
+            assert len(found) == 1
+            seen.add(found[0])
+    assert {s[0] for s in seen} == {False, True}
+    assert len({s[1:] for s in seen}) > 15
+
+
 def test_ends_at_the_density_within_the_bound_and_learns(splits):
     model, seen = fresh(), []
     protocol = training.Protocol(rounds=3, epochs=2, batch_size=32, learning_rate=0.005, bound=0.2)

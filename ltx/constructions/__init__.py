@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ltx.activations import ACTIVATIONS, Activation
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.l_plus_one import direct
 from ltx.constructions.layout import constant_value, layout
 from ltx.constructions.streams import Stream
-from ltx.constructions.two_for_one import two_for_one
+from ltx.constructions.two_for_one import pair_activation, two_for_one
 from ltx.errors import ConstructionError
 from ltx.graph import Graph, Node, fold_batch_norm, trace
 from ltx.subset_sum import MAX_BASE_SET_SIZE
@@ -206,23 +205,7 @@ class _Walk:
                 constants=self.layout.constants.get(self.layout.stream[name]),
             )  # fmt: skip
             if self.construction == "2L" or place.stream is None:
-                written, bound = two_for_one(self.builder, step, self._pair_activation(node))
+                written, bound = two_for_one(self.builder, step, pair_activation(self.graph, name))
             else:
                 written = direct(self.builder, step)
         return Place(written, stream, (name,), name, bound, vector=target.kind == "linear", **self._constant(node))
-
-    def _pair_activation(self, node: Node) -> Activation:
-        """The source's activation inside a pair: that behind the layer, else the last one before it.
-
-        A projection shortcut is linear, and so is the pair that stands for it.
-        """
-        if self.graph.is_projection(node.name):
-            return ACTIVATIONS["identity"]
-        after = self.graph.readers(node.name)
-        while after and after[0].activation is None and after[0].op not in ("layer", "output"):
-            after = self.graph.readers(after[0].name)
-        if after and after[0].activation is not None:
-            return after[0].activation
-        position = self.graph.nodes.index(node)
-        before = [n.activation for n in self.graph.nodes[:position] if n.activation is not None]
-        return before[-1] if before else ACTIVATIONS["identity"]

@@ -68,9 +68,10 @@ class Writer:
         """An upper bound of the log of the chance that a row of these channels is solved.
 
         With a share f of its P problems failing, a row succeeds with a chance of at most (1 - f)^P: problems differ,
-        and the product of their chances is largest when they do not.
+        and the product of their chances is largest when they do not. One more problem is counted as solved, so that a
+        few failures of a single problem do not mean that it always fails.
         """
-        share = self.missed / self.asked.clamp_min(1)
+        share = self.missed / (self.asked + 1)
         return torch.special.xlogy(self._solver.sizes.double(), 1 - share)[self.kinds(channels)]
 
     def entries(self) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,9 @@ class Stream:
             short = (wanted - (found == kinds[:, None]).sum(1)).clamp_min(0)
             if not short.any():
                 break
-            if attempts == MAX_ROWS_PER_SLOT or (attempts >= HOPELESS_AFTER and self._hopeless(behind, kinds[short > 0])):
+            if attempts == MAX_ROWS_PER_SLOT or (
+                attempts >= HOPELESS_AFTER and self._hopeless(behind, kinds[short > 0])
+            ):
                 raise self._error(behind, kinds[short > 0], attempts)
             self.channels = torch.cat([self.channels, kinds.repeat_interleave(short)])
             for writer in self.writers.values():
@@ -149,9 +152,9 @@ class Stream:
         index = int(writer.kinds(kinds[hardest]))
         share = float(writer.missed[index] / writer.asked[index].clamp_min(1))
         problems, layer = writer.problems[index], writer.layer
+        what = "constant channel" if kind == CONSTANT else f"channel {kind}"
         return ConstructionError(
-            f"layer {layer.target or layer.name}, {'constant channel' if kind == CONSTANT else f'channel {kind}'}: none "
-            f"of {attempts} source rows solves all of its {len(problems)} subset-sum problems within "
+            f"layer {layer.target or layer.name}, {what}: none of {attempts} source rows solves all of its {len(problems)} subset-sum problems within "
             f"{writer.epsilon:g}, because {share:.2g} of them have no such subset among "
             f"{writer.bases.columns.shape[1]} values; raise m or epsilon"
             + (", or use construction=L+1" if layer.role == "pair" and layer.index > 1 else "")

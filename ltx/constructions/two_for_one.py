@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ltx import source
-from ltx.activations import Activation
+from ltx.activations import ACTIVATIONS, Activation
 from ltx.constructions.builder import (
     Step,
     TicketBuilder,
@@ -32,7 +32,7 @@ from ltx.constructions.builder import (
 )
 from ltx.constructions.rows import BaseSets
 from ltx.errors import ConstructionError
-from ltx.graph import above
+from ltx.graph import Graph, above
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
@@ -56,6 +56,23 @@ def pair_law(phi: Activation, nonnegative: bool) -> PairLaw:
     if nonnegative:
         return PairLaw((1,), phi.slope_pos, False)
     return PairLaw((1, -1), total, False)
+
+
+def pair_activation(graph: Graph, name: str) -> Activation:
+    """The source's activation inside the pair for layer `name`: that behind the layer, else the last one before it.
+
+    A projection shortcut is linear, and so is the pair that stands for it: the identity.
+    """
+    if graph.is_projection(name):
+        return ACTIVATIONS["identity"]
+    after = graph.readers(name)
+    while after and after[0].activation is None and after[0].op not in ("layer", "output"):
+        after = graph.readers(after[0].name)
+    if after and after[0].activation is not None:
+        return after[0].activation
+    position = graph.nodes.index(graph[name])
+    before = [n.activation for n in graph.nodes[:position] if n.activation is not None]
+    return before[-1] if before else ACTIVATIONS["identity"]
 
 
 def linear_scale(phi: Activation, law: PairLaw, bound: float, *, m: int, epsilon: float, scale: float) -> float:

@@ -1,4 +1,4 @@
-"""Tables 1 and 2: the paper's values beside measured ones, as CSV, Markdown and LaTeX."""
+"""Tables 1 to 4: the paper's values beside measured ones, as CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+KINDS = {"sampled": "sampled", "L+1": "explicit L+1", "2L": "explicit 2L"}  # what a row of Tables 3 and 4 is
 ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "tanh": "tanh", "sigmoid": "sigmoid"}
 CONSTRUCTIONS = ("L+1", "2L")
 PM = "±"
@@ -119,3 +120,110 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
         "images. Explicit tickets, each verified against its source and its target."
     )
     return Table(title, note, pd.DataFrame(numbers), pd.DataFrame(shown))
+
+
+def deep_accuracy_table(results: pd.DataFrame) -> Table:
+    """Table 3: test accuracy for ResNet-22. The paper's columns are of the sampled protocol."""
+    numbers, shown = [], []
+    for activation, kind, mine, theirs in _deep_rows(results, paper_values(3)):
+        accuracy = mine.ticket_accuracy
+        target, (mean, half) = float(mine.target_accuracy.mean()), interval(accuracy)
+        row = {"activation": ACTIVATIONS[activation], "ticket": KINDS[kind]}
+        number: dict[str, str | float] = dict(row)
+        text = dict(row)
+        for column in ("target", "ticket", "ticket_best_half"):
+            name = column.replace("_", " ").replace("ticket ", "")
+            number[f"paper_{column}"] = number[f"paper_{column}_ci95"] = math.nan
+            text[f"paper: {name}"] = "–"
+            if kind == "sampled":
+                paper, paper_half = (float(theirs.loc[column, c]) for c in ("mean", "ci95"))
+                number[f"paper_{column}"], number[f"paper_{column}_ci95"] = paper, paper_half
+                text[f"paper: {name}"] = _pm(paper, paper_half, "g")
+        number |= {"target": target, "mean": mean, "ci95": half, "difference": mean - target}
+        text |= {"target": f"{target:.2f}", "mean": _pm(mean, half, ".2f"), "difference": f"{mean - target:+.2f}"}
+        number["best_half"], number["best_half_ci95"], text["best half"] = math.nan, math.nan, "–"
+        if kind == "sampled" and len(mine) > 1:
+            best, best_half = interval(accuracy.sort_values(ascending=False).iloc[: len(mine) // 2])
+            number["best_half"], number["best_half_ci95"], text["best half"] = (
+                best,
+                best_half,
+                _pm(best, best_half, ".2f"),
+            )
+        number |= {"agreement": float(mine.agreement.mean()), "n": len(mine), "images": float(mine.examples.iloc[0])}
+        text |= {"agreement": f"{mine.agreement.mean():.1f}", "n": str(len(mine)), "images": _unique(mine.examples)}
+        number["training"] = text["training"] = _unique(mine.target_training)
+        numbers.append(number)
+        shown.append(text)
+    return Table(
+        "Table 3. Test accuracy in % of ResNet-22 on CIFAR-10.", _deep_note(results), pd.DataFrame(numbers),
+        pd.DataFrame(shown),
+    )  # fmt: skip
+
+
+def deep_parameter_table(results: pd.DataFrame) -> Table:
+    """Table 4: prunable parameters for ResNet-22. The paper's columns are of the sampled protocol."""
+    numbers, shown = [], []
+    for activation, kind, mine, theirs in _deep_rows(results, paper_values(4)):
+        target, (mean, half) = float(mine.target_parameters.iloc[0]), interval(mine.ticket_parameters)
+        source = float(mine.source_parameters.mean()) if kind != "sampled" else math.nan
+        row = {"activation": ACTIVATIONS[activation], "ticket": KINDS[kind]}
+        number: dict[str, str | float] = dict(row)
+        text = dict(row)
+        number |= dict.fromkeys(("paper_target", "paper_ticket", "paper_ticket_ci95", "paper_ratio"), math.nan)
+        text |= dict.fromkeys(("paper: target", "paper: ticket", "paper: ratio"), "–")
+        if kind == "sampled":
+            paper_target, paper, paper_half = (
+                float(theirs.loc[c, v]) for c, v in (("target", "mean"), ("ticket", "mean"), ("ticket", "ci95"))
+            )
+            number |= {"paper_target": paper_target, "paper_ticket": paper, "paper_ticket_ci95": paper_half,
+                       "paper_ratio": paper / paper_target}  # fmt: skip
+            text |= {"paper: target": f"{paper_target:.0f}", "paper: ticket": _pm(paper, paper_half, ".0f"),
+                     "paper: ratio": f"{paper / paper_target:.2f}"}  # fmt: skip
+        number |= {
+            "target": target,
+            "mean": mean,
+            "ci95": half,
+            "ratio": mean / target,
+            "source": source,
+            "n": len(mine),
+        }
+        text |= {
+            "target": f"{target:.0f}", "mean": _pm(mean, half, ".0f"), "ratio": f"{mean / target:.2f}",
+            "source": "–" if math.isnan(source) else f"{source / 1e6:.0f} million", "n": str(len(mine)),
+        }  # fmt: skip
+        numbers.append(number)
+        shown.append(text)
+    return Table(
+        "Table 4. Number of prunable parameters of ResNet-22 on CIFAR-10.", _deep_note(results),
+        pd.DataFrame(numbers), pd.DataFrame(shown),
+    )  # fmt: skip
+
+
+def _deep_rows(results: pd.DataFrame, paper: pd.DataFrame):
+    """(activation, kind, results of that row, the paper's values for the activation)."""
+    for activation, kind in itertools.product(ACTIVATIONS, KINDS):
+        mine = results[(results.activation == activation) & (results.construction == kind)]
+        if not mine.empty:
+            yield activation, kind, mine, paper[paper.row == activation].set_index("column")
+
+
+def _deep_note(results: pd.DataFrame) -> str:
+    first = results.iloc[0]
+    explicit = results[results.kind == "explicit"]
+    how = f" (head: {explicit.iloc[0]['head']}, batch norm: {explicit.iloc[0].batch_norm})" if len(explicit) else ""
+    return (
+        f"Mean {PM} 1.96 s / sqrt(n) over n seeds; m = {first.base_set_size}, epsilon = {first.epsilon:g}, "
+        f"{first.selection} subsets. Sampled: no ticket is built, the target's parameters get the errors of random "
+        "subset-sum problems, and an L+1 ticket's parameters are estimated; that is what the paper reports. Explicit: "
+        f"masks on a random source, each verified against its source and its target{how}. Fewer than 10000 images are "
+        "a fixed random subset, for the target too; the target's parameters are those above epsilon of the layers that "
+        "are changed: all, but for the projection shortcuts where errors are sampled."
+    )
+
+
+def _pm(mean: float, half: float, form: str) -> str:
+    return f"{mean:{form}}" if math.isnan(half) else f"{mean:{form}} {PM} {half:{form}}"
+
+
+def _unique(values: pd.Series) -> str:
+    return ", ".join(str(value) for value in values.dropna().unique()) or "–"

@@ -1,4 +1,7 @@
-"""`ltx eval`: a ticket's accuracy, agreement and deviation beside its target, into result.json beside the ticket."""
+"""`ltx eval`: accuracy, agreement and deviation of a ticket beside its target, into result.json beside the ticket.
+
+A ticket is explicit, or `construction=sampled`: the target with sampled errors.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +9,165 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from ltx import data, paths
+from ltx import data, paths, targets
 from ltx.config import Settings
-from ltx.errors import LtxError
-from ltx.evaluation import compare
+from ltx.deviation import Deviation, sampled_deviations, ticket_deviations
+from ltx.errors import CheckpointError, LtxError
+from ltx.evaluation import compare, outputs
 from ltx.files import write_json
+from ltx.graph import fold_batch_norm, trace
 from ltx.tasks import provenance, targets_at
 from ltx.ticket import Ticket
 from ltx.verification import verify
 
 log = logging.getLogger(__name__)
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
+DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What is evaluated."""
+
+    path: Path
+    target: targets_at.Target
+    about: dict  # entries of the result that describe it
+    network: Callable[[], nn.Module]
+    deviations: Callable[[Tensor], list[Deviation]]
 
 
 def run(settings: Settings) -> Path:
     """Evaluate a ticket; the path of its result."""
     device = settings.torch_device
-    path, ticket, target = find_ticket(settings)
-    if target is None:
-        raise LtxError(
-            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is neither below "
-            f"{settings.output_dir} nor kept with the code; give it with target.checkpoint=FILE"
-        )
+    sampled = settings.construction.value == "sampled" and not settings.ticket
+    candidate = _sampled(settings) if sampled else None
+    path = candidate.path if candidate else find_ticket(settings)[0]
     result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not settings.force and _valid(result_path, digest):
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path
 
+    candidate = candidate or _explicit(settings, device)
+    target = candidate.target
+    split, order = _test_split(settings, target.data, device)
+    network = candidate.network()
+    begin = time.perf_counter()
+    measured = compare(_target_outputs(target, split, settings, device), network.to(device), split)
+    seconds = time.perf_counter() - begin
+    found = candidate.deviations(split.images[order[:DEVIATION_IMAGES]])
+    result = {
+        **candidate.about, "network": target.network, "data": target.data, "activation": target.activation,
+        "target_accuracy": measured.target_accuracy, "ticket_accuracy": measured.ticket_accuracy,
+        "agreement": measured.agreement, "max_deviation": measured.max_deviation, "examples": len(split),
+        "seconds": seconds, "device": device, "ticket_sha256": digest, "target_sha256": target.digest,
+        "target": str(target.path), "target_training": targets_at.training_of(target.path),
+        "settings": settings.plain(), **provenance.here(),
+    }  # fmt: skip
+    images = min(DEVIATION_IMAGES, len(split))
+    about = {
+        k: result[k] for k in ("kind", "network", "activation", "construction", "base_set_size", "epsilon", "seed")
+    }
+    write_json(
+        result_path.with_name(result_path.name.replace("result", "deviation")),
+        {**about, "images": images, "layers": [asdict(d) for d in found]},
+    )
+    write_json(result_path, result)
+    log.info(
+        "%s, %s, seed %d: ticket %.2f %%, target %.2f %% of %d test images, agreement %.2f %%; %.1f s",
+        target.activation, result["construction"], result["seed"], measured.ticket_accuracy,
+        measured.target_accuracy, len(split), measured.agreement, seconds,
+    )  # fmt: skip
+    return result_path
+
+
+def _explicit(settings: Settings, device: str) -> _Candidate:
+    path, ticket, target = find_ticket(settings)
+    if target is None:
+        raise LtxError(
+            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is neither below "
+            f"{settings.output_dir} nor kept with the code; give it with target.checkpoint=FILE"
+        )
     verification = verify(ticket, target.graph)
     wrong = (*verification.violations, targets_at.unfit_range(ticket, target))[0]
     if wrong is not None:
         raise LtxError(f"ticket {path} is not valid: {wrong}; construct it again with force=true")
-    split = data.load(target.data, train=False, root=settings.data_root, device=device)
-    if settings.limit is not None and settings.limit < len(split):
-        index = torch.randperm(len(split), generator=torch.Generator().manual_seed(SUBSET_SEED))
-        index = index[: settings.limit].to(split.labels.device)
-        split = data.Split(split.images[index], split.labels[index])
-        log.info("evaluating a fixed random subset of %d test images", len(split))
-    network = ticket.to_module(device=device)
-    begin = time.perf_counter()
-    measured = compare(target.model.to(device), network, split)
-    seconds = time.perf_counter() - begin
     built = path.with_name("construction.json")
     how = json.loads(built.read_text()) if built.is_file() else {}
-    constructed = [layer.target for layer in ticket.layers]
-    result = {
-        "kind": "explicit", "network": target.network, "data": target.data, "activation": target.activation,
-        "construction": ticket.construction, "base_set_size": ticket.base_set_size, "epsilon": ticket.epsilon,
-        "selection": ticket.selection, "seed": ticket.seed,
-        "head": "keep" if any(n.op == "given" for n in ticket.graph) else "construct",
-        "scaling": how.get("scaling"),
-        "target_accuracy": measured.target_accuracy, "ticket_accuracy": measured.ticket_accuracy,
+    constructed = {layer.target for layer in ticket.layers}
+    operations = {node.op for node in ticket.graph}
+    normalised = any(node.op == "batch_norm" for node in target.graph.nodes)
+    folded = normalised and "batch_norm" not in operations
+    graph = fold_batch_norm(target.graph) if folded else target.graph
+    about = {
+        "kind": "explicit", "construction": ticket.construction, "base_set_size": ticket.base_set_size,
+        "epsilon": ticket.epsilon, "selection": ticket.selection, "seed": ticket.seed,
+        "head": "keep" if "given" in operations else "construct", "scaling": how.get("scaling"),
+        "batch_norm": "fold" if folded else "keep",
         "target_parameters": sum(
-            layer.parameters_above(ticket.epsilon)
-            for name, layer in target.graph.layers.items() if name in constructed
+            layer.parameters_above(ticket.epsilon) for name, layer in graph.layers.items() if name in constructed
         ),
         "ticket_parameters": ticket.parameters, "source_parameters": ticket.source_parameters,
-        "agreement": measured.agreement, "max_deviation": measured.max_deviation,
-        "max_parameter_error": verification.max_parameter_error, "examples": len(split), "seconds": seconds,
-        "construction_seconds": how.get("seconds"), "problems": how.get("problems"), "device": device,
-        "ticket_sha256": digest, "target_sha256": target.digest, "target": str(target.path),
-        "settings": settings.plain(), **provenance.here(),
+        "max_parameter_error": verification.max_parameter_error,
+        "construction_seconds": how.get("seconds"), "problems": how.get("problems"),
     }  # fmt: skip
-    write_json(result_path, result)
-    log.info(
-        "%s, %s, seed %d: ticket %.2f %%, target %.2f %% of %d test images, agreement %.2f %%",
-        target.activation, ticket.construction, ticket.seed, measured.ticket_accuracy,
-        measured.target_accuracy, len(split), measured.agreement,
+    return _Candidate(
+        path, target, about, lambda: ticket.to_module(device=device),
+        lambda images: ticket_deviations(ticket, graph, images),
     )  # fmt: skip
-    return result_path
+
+
+def _sampled(settings: Settings) -> _Candidate:
+    target = targets_at.load(settings)
+    path = paths.ticket_file(settings, target.digest)
+    if not path.is_file():
+        raise LtxError(f"no sampled errors at {path}; draw them with ltx construct and the same settings")
+    checkpoint = targets.read_checkpoint(path)
+    spec, said = data.dataset_spec(target.data), checkpoint.metadata
+    if said.get("target_sha256") != target.digest:
+        raise CheckpointError(f"{path}: belongs to another target; draw it again with force=true")
+    model = targets.build(target.network, target.activation, shape=spec.shape, classes=spec.classes)
+    targets.load_into(model, checkpoint, network=target.network)
+    about = {
+        "kind": "sampled", "construction": "sampled", "base_set_size": int(said["base_set_size"]),
+        "epsilon": float(said["epsilon"]), "selection": said["selection"], "seed": int(said["seed"]),
+        "head": "construct", "scaling": "unit", "batch_norm": "keep",
+        "target_parameters": int(said["target_parameters"]), "ticket_parameters": int(said["parameters"]),
+        "source_parameters": None, "max_parameter_error": None, "construction_seconds": None, "problems": None,
+    }  # fmt: skip
+    return _Candidate(
+        path, target, about, lambda: model, lambda images: sampled_deviations(trace(model), target.graph, images)
+    )
+
+
+def _test_split(settings: Settings, name: str, device: str) -> tuple[data.Split, Tensor]:
+    """The test images that are evaluated, and an order of them that begins with those of a smaller limit."""
+    split = data.load(name, train=False, root=settings.data_root, device=device)
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SUBSET_SEED)).to(device)
+    if settings.limit is None or settings.limit >= len(split):
+        return split, order
+    index = order[: settings.limit]
+    log.info("evaluating a fixed random subset of %d test images", len(index))
+    return data.Split(split.images[index], split.labels[index]), torch.arange(len(index), device=device)
+
+
+_OUTPUTS: dict[tuple, Tensor] = {}
+
+
+def _target_outputs(target: targets_at.Target, split: data.Split, settings: Settings, device: str) -> Tensor:
+    """The target's outputs, kept for the next ticket of a sweep."""
+    key = (target.digest, target.data, settings.data.root, len(split), device)
+    if key not in _OUTPUTS:
+        _OUTPUTS.clear()
+        _OUTPUTS[key] = outputs(target.model.to(device), split.images)
+    return _OUTPUTS[key]
 
 
 def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | None]:
@@ -88,6 +176,8 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
         path = Path(settings.ticket).expanduser()
         ticket = Ticket.load(path)
         return path, ticket, targets_at.load_for(ticket, settings)
+    if settings.construction.value == "sampled":
+        raise LtxError("construction=sampled: no ticket is built, there is nothing to verify; use L+1 or 2L")
     target = targets_at.load(settings)
     path = paths.ticket_file(settings, target.digest)
     if not path.is_file():

@@ -1,9 +1,13 @@
-"""`ltx tables`: Tables 1 and 2 from the results below output_dir, the paper's values beside the measured ones."""
+"""`ltx tables`: the paper's tables from the results below output_dir, its values beside the measured ones.
+
+Tables 1 and 2 for the 3-layer network; for ResNet-22 Tables 3 and 4, and the figure of how deviation grows.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from ltx.activations import ACTIVATIONS
 from ltx.config import ActivationName, Settings
 from ltx.errors import LtxError
 from ltx.files import write_text
-from ltx.report import tables
+from ltx.report import deviation, figures, tables
 from ltx.tasks import targets_at
 
 log = logging.getLogger(__name__)
@@ -21,34 +25,91 @@ log = logging.getLogger(__name__)
 
 def run(settings: Settings) -> Path:
     """Write the tables and print them; the folder that holds them."""
-    results = collect(settings)
+    deep = settings.target.network == "resnet22"
+    results = collect(settings, sampled=deep)
     if results.empty:
         raise LtxError(
             f"no results below {Path(settings.output_dir) / 'tickets'} for target={settings.target.name} "
             f"m={settings.m} epsilon={settings.epsilon:g} selection={settings.selection.value} "
-            f"head={settings.head.value} scaling={settings.scaling.value} protocol={settings.protocol.name}; "
-            "make them with ltx construct and ltx eval, or all of them with make paper-tables"
+            f"head={settings.head.value} scaling={settings.scaling.value} batch_norm={settings.batch_norm.value} "
+            f"protocol={settings.protocol.name}; make them with ltx construct and ltx eval, or all of them with make "
+            "paper-tables"
         )
     folder = Path(settings.output_dir) / "tables"
-    suffix = "" if settings.data.name == "mnist" else f"-{settings.target.name}"
-    for number, table in ((1, tables.accuracy_table(results)), (2, tables.parameter_table(results))):
+    usual = settings.data.name == "mnist" or settings.target.name == "resnet22"
+    suffix = "" if usual and not settings.target.checkpoint else f"-{_name(settings)}"
+    made = (
+        {3: tables.deep_accuracy_table(results), 4: tables.deep_parameter_table(results)} if deep
+        else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
+    )  # fmt: skip
+    for number, table in made.items():
         print(f"\n{table.title}\n\n{table.markdown}\n")
         for extension, text in (("csv", table.csv), ("md", table.markdown_page), ("tex", table.latex)):
             write_text(folder / f"table{number}{suffix}.{extension}", text)
-    write_text(folder / f"results{suffix}.csv", results.drop(columns=["settings", "target"]).to_csv(index=False))
+    network = "-resnet22" if deep else ""
+    plain = results.drop(columns=["settings", "target"])
+    write_text(folder / f"results{network}{suffix}.csv", plain.to_csv(index=False))
+    if deep:
+        _deviation_figure(settings, folder / f"deviation{suffix}")
     return folder
 
 
-def collect(settings: Settings) -> pd.DataFrame:
-    """One row per result of an explicit ticket with these settings, of any activation, construction and seed.
+def _name(settings: Settings) -> str:
+    return Path(settings.target.checkpoint).stem if settings.target.checkpoint else settings.target.name
+
+
+def _deviation_figure(settings: Settings, path: Path) -> None:
+    """How deviation grows through the network, for every m and epsilon that there is; figure and CSV."""
+    rows = []
+    for result_path in _result_files(settings):
+        result = _read(result_path)
+        file = result_path.with_name(result_path.name.replace("result", "deviation"))
+        if result is None or result["target_sha256"] not in _targets(settings) or not file.is_file():
+            continue
+        if result["kind"] == "explicit" and any(result.get(k) != v for k, v in _how(settings).items()):
+            continue
+        account = json.loads(file.read_text())
+        layers = account.pop("layers")
+        rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
+    if rows:
+        table = pd.DataFrame(rows)
+        write_text(path.with_suffix(".csv"), table.to_csv(index=False))
+        figures.save(deviation.figure(table), path)
+
+
+def collect(settings: Settings, *, sampled: bool) -> pd.DataFrame:
+    """One row per result with these settings, of any activation, construction and seed.
 
     Only the tickets of the targets that the settings mean are taken: those of another training protocol, say,
     stay out.
+
+    Args:
+        sampled: whether to take results of the sampled protocol too.
     """
     wanted = {
-        "kind": "explicit", "base_set_size": settings.m, "epsilon": settings.epsilon,
-        "selection": settings.selection.value, "head": settings.head.value, "scaling": settings.scaling.value,
+        "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
     }  # fmt: skip
+    digests = _targets(settings)
+    rows = []
+    for path in _result_files(settings):
+        result = _read(path)
+        if result is None or result["target_sha256"] not in digests:
+            continue
+        explicit = result.get("kind") == "explicit"
+        needs = {**wanted, **_how(settings)} if explicit else wanted
+        if (explicit or sampled) and all(result.get(key) == value for key, value in needs.items()):
+            rows.append(result)
+    return pd.DataFrame(rows)
+
+
+def _how(settings: Settings) -> dict:
+    return {
+        "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
+    }  # fmt: skip
+
+
+def _targets(settings: Settings) -> set[str]:
+    """SHA-256 of the targets that the settings mean, of every activation."""
     digests = set()
     names = [settings.activation.value] if settings.target.checkpoint else list(ACTIVATIONS)
     for name in names:
@@ -56,13 +117,21 @@ def collect(settings: Settings) -> pd.DataFrame:
             digests.add(targets_at.load(replace(settings, activation=ActivationName(name))).digest)  # type: ignore[operator]
         except LtxError as error:
             log.debug("%s", error)  # no target of that activation
-    rows = []
-    for path in sorted((Path(settings.output_dir) / "tickets").glob("*/*/result.json")):
-        try:
-            result = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            log.info("%s: left out, cannot be read (%s)", path, error)
-            continue
-        if all(result.get(key) == value for key, value in wanted.items()) and result["target_sha256"] in digests:
-            rows.append(result)
-    return pd.DataFrame(rows)
+    return digests
+
+
+def _result_files(settings: Settings) -> Iterator[Path]:
+    """The result of each ticket on all images, else that on `limit` of them."""
+    for folder in sorted((Path(settings.output_dir) / "tickets").glob("*/*")):
+        for name in ("result.json", f"result-limit{settings.limit}.json"):
+            if (folder / name).is_file():
+                yield folder / name
+                break
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        log.info("%s: left out, cannot be read (%s)", path, error)
+        return None

@@ -72,6 +72,15 @@ def describe(path: Path) -> str:
     )
 
 
+def training_of(path: Path) -> str | None:
+    """How a target was trained, in a few words; None where its file does not say."""
+    metadata = targets.read_checkpoint(path).metadata
+    if "training" not in metadata:
+        return None
+    rounds = json.loads(metadata["training"])
+    return f"{metadata.get('protocol')}, {rounds['rounds']} x {rounds['epochs']} epochs"
+
+
 def _require_same(settings: Settings, path: Path) -> None:
     different = _differences(settings, targets.read_checkpoint(path).metadata)
     if different:

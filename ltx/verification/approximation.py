@@ -83,7 +83,8 @@ class Approximation:
     def _add(self, node: TicketNode) -> None:
         """A sum of two streams stands for a channel where both do; elsewhere nothing may read it."""
         one, other = (self.labels[name] for name in node.inputs)
-        assert one is not None and other is not None
+        assert one is not None
+        assert other is not None
         self.labels[node.name] = torch.where(one == other, one, DEAD)
         self.constants[node.name] = self.constants[node.inputs[0]] + self.constants[node.inputs[1]]
         (low, high), (other_low, other_high) = (self.range[name] for name in node.inputs)

@@ -80,7 +80,9 @@ def _target_operations(target: Graph) -> list[Operation]:
             operation = (node.op, *_plain(node.attributes), flat)
         elif node.layer is not None:
             layer = node.layer
-            before = layer.weight.shape[1] if layer.kind == "conv" else channels.get(node.inputs[0], layer.weight.shape[1])
+            before = (
+                layer.weight.shape[1] if layer.kind == "conv" else channels.get(node.inputs[0], layer.weight.shape[1])
+            )
             taps = layer.weight[0].numel() // before
             kernel = tuple(layer.weight.shape[2:])
             operation = (name, layer.kind, kernel, layer.stride, layer.padding, layer.dilation, taps, flat)

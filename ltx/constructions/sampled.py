@@ -1,0 +1,104 @@
+"""The paper's protocol for ResNet-22: no ticket is built, the target's parameters get the errors that one would have.
+
+Each parameter above epsilon gets the error, with a random sign, of a random subset-sum problem, and that problem's
+subset size counts for the ticket's parameters (section 4, Tables 3 and 4). Problems without a subset within epsilon
+are left out, as the rows they belong to are given up (Appendix F). Projection shortcuts stay as they are and are not
+counted: Table 4's counts are without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ltx.constructions.two_for_one import pair_activation, pair_law
+from ltx.errors import ConstructionError
+from ltx.graph import above, trace
+from ltx.subset_sum import sample
+
+PROBLEMS = 100_000  # the paper's
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A target with sampled errors, and what it counts for."""
+
+    state: dict[str, Tensor]  # the target's state with changed parameters, masks applied
+    parameters: int  # estimate: of an L+1 ticket
+    target_parameters: int  # above epsilon, of the layers that were changed
+
+
+def sampled(
+    model: nn.Module, *, base_set_size: int = 15, epsilon: float = 0.01, seed: int = 0, selection: str = "smallest",
+    input_range: tuple[float, float] = (-1.0, 1.0),
+) -> Sampled:  # fmt: skip
+    """Draw the errors and the size of an L+1 ticket for `model` (its state is left alone).
+
+    A layer behind the first counts m slots of each output, the last one. The first layer is a two-for-one pair: its
+    errors are those of products of two uniform numbers, and it counts once for each base set.
+
+    Args:
+        base_set_size, epsilon, selection, input_range: as in `ltx.construct`.
+        seed: of the errors. The problems that they are drawn from are the same for all seeds.
+
+    Raises:
+        ConstructionError: the model's layers cannot be traced, or its parameters are not in its state.
+        LtxError: as `ltx.subset_sum.solve`.
+    """
+    graph = trace(model)
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    layers = {name: layer for name, layer in graph.layers.items() if not graph.is_projection(name)}
+    first, last = next(iter(layers)), list(layers)[-1]
+    parameters = copies = 0
+    for name, layer in layers.items():
+        sets = 1
+        if name == first:
+            law = pair_law(pair_activation(graph, name), nonnegative=input_range[0] >= 0)
+            sets = 2 if law.opposite else len(law.signs)
+            channels = int(above(layer.weight, epsilon).flatten(2).any(2).any(0).sum()) if layer.kind == "conv" else (
+                int(above(layer.weight, epsilon).any(0).sum())
+            )  # fmt: skip
+            copies = base_set_size * sets * (channels + bool(above(layer.bias, epsilon).any()))
+        error, size = _distribution("product" if name == first else "uniform", base_set_size, epsilon, selection)
+        slots = 1 if name == last else base_set_size
+        for part, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+            key = f"{name}.{part}"
+            if part == "bias" and not bool(tensor.any()):
+                continue
+            if key not in state or state[key].shape != tensor.shape:
+                raise ConstructionError(f"layer {name}: its {part} is not '{key}' of the model's state")
+            changed, sizes = _perturbed(tensor, epsilon, error, size, generator)
+            state[key] = changed
+            parameters += slots * sets * sizes
+    counted = sum(layer.parameters_above(epsilon) for layer in layers.values())
+    return Sampled(state, parameters + copies, counted)
+
+
+@lru_cache
+def _distribution(law: str, m: int, epsilon: float, selection: str) -> tuple[np.ndarray, np.ndarray]:
+    """Errors and sizes of the solved ones of PROBLEMS random problems."""
+    drawn = sample(law, m, epsilon, selection=selection, problems=PROBLEMS)
+    solved = drawn.solved
+    if not solved.any():
+        raise ConstructionError(
+            f"none of {PROBLEMS} random problems has a subset within {epsilon:g}; raise m or epsilon"
+        )
+    return drawn.error[solved], drawn.size[solved]
+
+
+def _perturbed(
+    tensor: Tensor, epsilon: float, error: np.ndarray, size: np.ndarray, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """The parameters with sampled errors, those of at most epsilon dropped, and the sum of the sampled sizes."""
+    big = above(tensor, epsilon)
+    count = int(big.sum())
+    which = torch.randint(len(error), (count,), generator=generator)
+    sign = torch.randint(2, (count,), generator=generator).double() * 2 - 1
+    changed = torch.zeros_like(tensor)
+    changed[big] = (tensor[big].double() + sign * torch.from_numpy(error)[which]).to(tensor.dtype)
+    return changed, int(torch.from_numpy(size).long()[which].sum())

@@ -1,0 +1,63 @@
+"""The figure of section 6: how the deviation of a ticket's slots grows from layer to layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ltx.report.figures import STYLE
+from ltx.report.tables import ACTIVATIONS
+
+COLOURS = {"sampled": "#777777", "L+1": "#b2182b", "2L": "#2166ac"}
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """Root mean square deviation over the target's standard deviation behind every activation, a panel each activation.
+
+    Args:
+        table: one row per layer and ticket: `activation`, `construction`, `base_set_size`, `epsilon`, `seed`,
+            `position`, `deviation`, `target_std`.
+    """
+    names = [name for name in ACTIVATIONS if (table.activation == name).any()]
+    table = table.assign(relative=table.deviation / table.target_std)
+    columns = min(2, len(names))
+    rows = -(-len(names) // columns)
+    with matplotlib.rc_context(STYLE):
+        result = Figure(figsize=(5.2 * columns, 3.4 * rows + 0.4), layout="constrained")
+        panels = result.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for axes in panels[len(names) :]:
+            axes.set_visible(False)
+        settings = sorted(
+            {(m, e) for m, e in zip(table.base_set_size, table.epsilon, strict=True)}, key=lambda s: -s[1]
+        )
+        for axes, name in zip(panels, names, strict=False):
+            mine = table[table.activation == name]
+            for construction, colour in COLOURS.items():
+                for (m, epsilon), marker in zip(settings, MARKERS, strict=False):
+                    line: Any = mine[
+                        (mine.construction == construction) & (mine.base_set_size == m) & (mine.epsilon == epsilon)
+                    ]
+                    if line.empty:
+                        continue
+                    mean = np.exp(np.log(line.pivot(index="position", columns="seed", values="relative")).mean(axis=1))
+                    label = "sampled" if construction == "sampled" else f"explicit {construction}"
+                    axes.plot(mean.index, mean.to_numpy(), color=colour, marker=marker, ms=3, lw=1.1,
+                              label=f"{label}, m = {m}, ε = {epsilon:g}")  # fmt: skip
+            axes.axhline(1, color="black", lw=0.7, ls=":")
+            axes.set_yscale("log")
+            axes.set_title(ACTIVATIONS[name], loc="left")
+            axes.grid(alpha=0.25, lw=0.5)
+            axes.legend(fontsize=6.5, loc="lower right")
+        for axes in panels[-columns:]:
+            axes.set_xlabel("activation, from the first to the last")
+        for axes in panels[::columns]:
+            axes.set_ylabel("rms deviation of a slot / std of the target")
+        result.suptitle(
+            "How the deviation of a ticket's slots grows through ResNet-22 (geometric mean over seeds)", fontsize=9
+        )
+    return result
