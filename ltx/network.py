@@ -103,7 +103,7 @@ class TicketNetwork(nn.Module):
             return from_attributes(node.attributes).fn(x)
         if node.op == "batch_norm":
             scale, shift = self._held(node.name)
-            return x * scale.view(-1, *[1] * (x.ndim - 2)) + shift.view(-1, *[1] * (x.ndim - 2))
+            return torch.addcmul(shift.view(-1, *[1] * (x.ndim - 2)), x, scale.view(-1, *[1] * (x.ndim - 2)))
         if node.op == "flatten":
             return x.flatten(1)
         if node.op == "max_pool":

@@ -37,31 +37,39 @@ class SparseConvolution:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"input of shape {tuple(x.shape)}: the convolution takes {self.channels} channels")
         h, w = ((x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1))
-        tall, wide = (-(-(x.shape[2 + d] + 2 * self.padding[d]) // self.stride[d]) for d in (0, 1))
+        # a zero-padded image of every sy-th row and sx-th column; with stride 1 the zeros behind a row or an image
+        # are those before the next one
+        tall, wide = (
+            x.shape[2 + d] + self.padding[d] if self.stride[d] == 1
+            else -(-(x.shape[2 + d] + 2 * self.padding[d]) // self.stride[d])
+            for d in (0, 1)
+        )  # fmt: skip
         (sy, sx), phases = self.stride, self.stride[0] * self.stride[1]
         row = self.channel * phases + self.dy % sy * sx + self.dx % sx
         shift = self.dy // sy * wide + self.dx // sx
+        behind = (self.padding[0] * (sy == 1) + 1) * wide
+        group = max(1, CACHE // max(1, 4 * self.channels * phases * tall * wide))
         out = np.empty((len(x), len(self.bias), h, w), np.float32)
         _convolve(
             x.detach().contiguous().numpy(), self.begin, row, shift, self.value, self.bias, self.used, sy, sx,
-            self.padding[0], self.padding[1], tall, wide, max(1, LENGTH // (tall * wide)), out,
+            self.padding[0], self.padding[1], tall, wide, behind, group, out,
         )  # fmt: skip
         return torch.from_numpy(out)
 
 
-LENGTH = 640  # pixels that are added at a time, of several images where they are small
+CACHE = 1_300_000  # bytes of padded images that stay in a core's cache; several of them where they are small
 
 
 @numba.njit(cache=True, parallel=True, fastmath={"contract"})
-def _convolve(x, begin, row, shift, value, bias, used, sy, sx, py, px, tall, wide, group, out):
-    """Images in groups; tall and wide are those of a zero-padded image of every sy-th row and sx-th column."""
+def _convolve(x, begin, row, shift, value, bias, used, sy, sx, py, px, tall, wide, behind, group, out):
+    """Images in groups; tall and wide are an image's in the group, behind the zeros after the last one."""
     images, channels, height, width = x.shape
     rows_out, cols_out = out.shape[2], out.shape[3]
     size, phases = tall * wide, sy * sx
     for g in numba.prange((images + group - 1) // group):
         first = g * group
         many = min(group, images - first)
-        padded = np.zeros((channels * phases, many * size), np.float32)
+        padded = np.zeros((channels * phases, many * size + behind), np.float32)
         for c in used:
             for n in range(many):
                 for y in range(height):
@@ -77,13 +85,19 @@ def _convolve(x, begin, row, shift, value, bias, used, sy, sx, py, px, tall, wid
         for o in range(len(bias)):
             total[:] = bias[o]
             e, end = begin[o], begin[o + 1]
-            while e + 4 <= end:  # four at a time: the sums are loaded and stored less often
+            while e + 8 <= end:  # eight at a time: the sums are loaded and stored less often
                 x0, x1 = padded[row[e], shift[e] :], padded[row[e + 1], shift[e + 1] :]
                 x2, x3 = padded[row[e + 2], shift[e + 2] :], padded[row[e + 3], shift[e + 3] :]
+                x4, x5 = padded[row[e + 4], shift[e + 4] :], padded[row[e + 5], shift[e + 5] :]
+                x6, x7 = padded[row[e + 6], shift[e + 6] :], padded[row[e + 7], shift[e + 7] :]
                 w0, w1, w2, w3 = value[e], value[e + 1], value[e + 2], value[e + 3]
+                w4, w5, w6, w7 = value[e + 4], value[e + 5], value[e + 6], value[e + 7]
                 for p in range(length):
-                    total[p] += w0 * x0[p] + w1 * x1[p] + w2 * x2[p] + w3 * x3[p]
-                e += 4
+                    total[p] += (
+                        w0 * x0[p] + w1 * x1[p] + w2 * x2[p] + w3 * x3[p]
+                        + w4 * x4[p] + w5 * x5[p] + w6 * x6[p] + w7 * x7[p]
+                    )  # fmt: skip
+                e += 8
             while e < end:
                 x0, w0 = padded[row[e], shift[e] :], value[e]
                 for p in range(length):

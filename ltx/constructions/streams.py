@@ -154,7 +154,8 @@ class Stream:
         problems, layer = writer.problems[index], writer.layer
         what = "constant channel" if kind == CONSTANT else f"channel {kind}"
         return ConstructionError(
-            f"layer {layer.target or layer.name}, {what}: none of {attempts} source rows solves all of its {len(problems)} subset-sum problems within "
+            f"layer {layer.target or layer.name}, {what}: none of {attempts} source rows solves all of its "
+            f"{len(problems)} subset-sum problems within "
             f"{writer.epsilon:g}, because {share:.2g} of them have no such subset among "
             f"{writer.bases.columns.shape[1]} values; raise m or epsilon"
             + (", or use construction=L+1" if layer.role == "pair" and layer.index > 1 else "")

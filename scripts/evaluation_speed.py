@@ -1,0 +1,44 @@
+"""Images per second of a ticket on this machine: sparse convolutions, as `ltx eval` runs it, beside dense float32.
+
+    python scripts/evaluation_speed.py TICKET [IMAGES]
+
+The images are random (speed does not depend on them); the median of three runs over IMAGES (128), 32 at a time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ltx import network
+from ltx.evaluation import outputs
+from ltx.ticket import Ticket
+
+
+def main(path: Path, images: int) -> None:
+    ticket = Ticket.load(path)
+    channels = next(layer for layer in ticket.layers).shape[1]
+    size = 28 if channels == 1 else 32
+    x = torch.rand(images, channels, size, size, generator=torch.Generator().manual_seed(0))
+    results = {}
+    for name, below in (("sparse", network.SPARSE_BELOW), ("dense float32", 0.0)):
+        network.SPARSE_BELOW = below
+        module = ticket.to_module()
+        results[name] = outputs(module, x[:32], batch_size=32)
+        seconds = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            outputs(module, x, batch_size=32)
+            seconds.append(time.perf_counter() - begin)
+        print(f"{name}: {images / statistics.median(seconds):.1f} images per second")
+    print(f"largest difference of an output: {float((results['sparse'] - results['dense float32']).abs().max()):.1e}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 128)
