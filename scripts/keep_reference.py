@@ -2,7 +2,7 @@
 
     python scripts/keep_reference.py OUTPUT_DIR
 
-OUTPUT_DIR is what commands wrote with output_dir=OUTPUT_DIR: `ltx train-target --multirun target=mnist
+OUTPUT_DIR is what commands wrote with output_dir=OUTPUT_DIR: `ltx train-target --multirun target=mnist|resnet22
 activation=relu,leaky_relu,tanh,sigmoid ...`, `make paper-tables`, `ltx figures`, `ltx subset-sum`, `ltx bench`. What
 is not there is left as it is kept.
 """
@@ -20,10 +20,12 @@ from ltx.targets import pack, read_checkpoint
 def main(output_dir: Path) -> None:
     for path in sorted((output_dir / "targets").glob("*/target.safetensors")):
         checkpoint = read_checkpoint(path)
-        name = f"{checkpoint.metadata['data']}-{checkpoint.metadata['activation']}.safetensors"
+        said = checkpoint.metadata  # the name is that of target=, see ltx/paths.py
+        target = said["data"] if said["network"] == "mnist_cnn" else said["network"]
+        name = f"{target}-{said['activation']}.safetensors"
         kept = reference_dir() / "targets" / name
         pack(kept, checkpoint)
-        print(f"{kept} ({kept.stat().st_size / 1024:.0f} KiB, {float(checkpoint.metadata['accuracy']):.2f} %)")
+        print(f"{kept} ({kept.stat().st_size / 1024:.0f} KiB, {float(said['accuracy']):.2f} %)")
     for folder in ("tables", "figures", "subset_sum", "bench"):
         for path in sorted(p for p in (output_dir / folder).rglob("*") if p.is_file()):
             kept = reference_dir() / path.relative_to(output_dir)
