@@ -28,6 +28,8 @@ from ltx.ticket import Ticket
 from ltx.verification import verify
 
 log = logging.getLogger(__name__)
+_ABOUT = ("kind", "network", "activation", "construction", "base_set_size", "epsilon", "selection", "seed", "head",
+          "scaling", "batch_norm", "target_sha256")  # fmt: skip
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
 DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
 
@@ -72,9 +74,7 @@ def run(settings: Settings) -> Path:
         "settings": settings.plain(), **provenance.here(),
     }  # fmt: skip
     images = min(DEVIATION_IMAGES, len(split))
-    about = {
-        k: result[k] for k in ("kind", "network", "activation", "construction", "base_set_size", "epsilon", "seed")
-    }
+    about = {key: result[key] for key in _ABOUT}
     write_json(
         result_path.with_name(result_path.name.replace("result", "deviation")),
         {**about, "images": images, "layers": [asdict(d) for d in found]},

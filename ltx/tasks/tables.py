@@ -60,15 +60,13 @@ def _name(settings: Settings) -> str:
 
 def _deviation_figure(settings: Settings, path: Path) -> None:
     """How deviation grows through the network, for every m and epsilon that there is; figure and CSV."""
-    rows = []
-    for result_path in _result_files(settings):
-        result = _read(result_path)
-        file = result_path.with_name(result_path.name.replace("result", "deviation"))
-        if result is None or result["target_sha256"] not in _targets(settings) or not file.is_file():
+    rows, digests = [], _targets(settings)
+    for folder in sorted((Path(settings.output_dir) / "tickets").glob("*/*")):
+        account = next((_read(file) for file in sorted(folder.glob("deviation*.json"))), None)
+        if account is None or account["target_sha256"] not in digests:
             continue
-        if result["kind"] == "explicit" and any(result.get(k) != v for k, v in _how(settings).items()):
+        if account["kind"] == "explicit" and any(account[key] != value for key, value in _how(settings).items()):
             continue
-        account = json.loads(file.read_text())
         layers = account.pop("layers")
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
