@@ -90,6 +90,7 @@ class Settings:
     seconds: float = 2.0
     seed: int = 0
     device: Device = Device.auto  # type: ignore[attr-defined]
+    compile: bool = False
     output_dir: str = "outputs"
     ticket: str | None = None
     limit: int | None = None

@@ -47,6 +47,7 @@ SETTINGS = (
     ("limit", "null", "1 or more", "evaluate a fixed random subset of the test images", ("eval",)),
     ("data.root", "null", "DIR", "of the data; else LTX_DATA, else ~/.cache/ltx", ("train-target", "eval")),
     ("device", "auto", "auto, cpu, cuda", "", (*ALL, *SUMS)),
+    ("compile", "false", "true, false", "train through torch.compile; needs a C++ compiler or a GPU", TRAIN),
     ("output_dir", "outputs", "DIR", "where artefacts go and are found", (*ALL, *SUMS)),
     ("use_reference", "true", "true, false", "use the targets kept in outputs/reference", ALL),
     (

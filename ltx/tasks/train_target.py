@@ -60,7 +60,7 @@ def _train(settings: Settings, path: Path) -> Path:
 
         accuracy = training.train(
             model, train_split, test_split, protocol, settings.density,
-            seed=settings.target.seed, checkpoint=checkpoint, on_progress=show,
+            seed=settings.target.seed, checkpoint=checkpoint, compiled=settings.compile, on_progress=show,
         )  # fmt: skip
     kept = sum(int(mask.sum()) for _, mask in targets.prunable(model).values())
     targets.save_target(
