@@ -48,8 +48,9 @@ def ticket_deviations(ticket: Ticket, target: Graph, images: Tensor) -> list[Dev
         slots = labels[node.name]
         meaning = read if slots is None else slots[read]
         live = meaning >= 0
+        if not live.any():
+            continue
         ours = values[node.name]
-        ours = ours.view(len(images), len(read), -1) if ours.ndim == 2 else ours
         result.append(_deviation(node.name, ours[:, live.to(ours.device)], theirs, meaning[live], result))
     return result
 
@@ -64,9 +65,9 @@ def sampled_deviations(changed: Graph, target: Graph, images: Tensor) -> list[De
 
 
 def _deviation(name: str, ours: Tensor, theirs: Tensor, channels: Tensor, before: list[Deviation]) -> Deviation:
-    """ours (N, slots, ...) beside theirs (N, C, ...), of which slot s stands for channels[s]."""
-    theirs = theirs[:, channels.to(theirs.device)].reshape(len(theirs), len(channels), -1)
-    ours = ours.reshape(theirs.shape)
+    """ours (N, slots, ...) beside theirs (N, C, ...), perhaps flattened, of which slot s stands for channels[s]."""
+    ours = ours.flatten(2) if ours.ndim > 2 else ours[:, :, None]
+    theirs = theirs.reshape(len(theirs), -1, ours.shape[2])[:, channels.to(theirs.device)]
     difference = (ours - theirs).double()
     own = torch.zeros(len(channels), int(channels.max()) + 1, dtype=torch.float64, device=ours.device)
     own[torch.arange(len(channels)), channels] = 1

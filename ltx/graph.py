@@ -80,15 +80,26 @@ class Graph:
         return [node for node in self.nodes if name in node.inputs]
 
     def is_projection(self, name: str) -> bool:
-        """Whether layer `name` is a projection shortcut: it is added to another path from the same input.
+        """Whether layer `name` is a projection shortcut: linear, and added to a path from the same input that is not.
 
-        Its output reaches an add before any activation, and its input has other readers, as that of a residual
-        block has.
+        Behind the layer there is nothing but batch norm in front of the sum; the sum's other side reads the layer's
+        input through at least one activation, as that of a residual block does.
         """
-        after = self.readers(name)
+        last, after = name, self.readers(name)
         while len(after) == 1 and after[0].op == "batch_norm":
-            after = self.readers(after[0].name)
-        return [node.op for node in after] == ["add"] and len(self.readers(self[name].inputs[0])) > 1
+            last, after = after[0].name, self.readers(after[0].name)
+        if [node.op for node in after] != ["add"]:
+            return False
+        nodes, start = {node.name: node for node in self.nodes}, self[name].inputs[0]
+        reached: set[tuple[str, bool]] = set()  # backwards from the sum: a node, and whether through an activation
+        stack = [(other, False) for other in after[0].inputs if other != last]
+        while stack:
+            other, passed = stack.pop()
+            if (other, passed) not in reached:
+                reached.add((other, passed))
+                passed = passed or nodes[other].op == "activation"
+                stack += [(before, passed) for before in nodes[other].inputs if other != start]
+        return (start, True) in reached
 
     @property
     def head(self) -> str:
@@ -176,9 +187,16 @@ def trace(model: nn.Module) -> Graph:
         ) from error
     nodes: list[Node] = []
     alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
+    memory: dict[str, str] = {}  # node -> the node whose tensor it is a view of
+    overwritten: dict[str, str] = {}  # node -> what has changed its tensor in place
     for fx_node in traced.nodes:
         inputs = tuple(alias[a.name] for a in _tensors(fx_node))
+        for name in inputs:
+            if memory[name] in overwritten:
+                raise _refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
         node = _convert(model, fx_node, inputs)
+        if _in_place(model, fx_node):
+            overwritten[memory[inputs[0]]] = fx_node.name
         if node is None:
             alias[fx_node.name] = inputs[0]
             continue
@@ -189,11 +207,29 @@ def trace(model: nn.Module) -> Graph:
         while node.op not in ("input", "output") and name in taken:
             name += "_"  # a module that is used twice, or called like another node
         alias[fx_node.name] = name
+        memory[name] = memory[inputs[0]] if node.op == "flatten" else name
         nodes.append(replace(node, name=name))
     inputs = [node for node in nodes if node.op == "input"]
     if len(inputs) != 1:
         raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
-    return Graph(tuple(nodes))
+    return Graph(_leading_to_the_output(nodes))
+
+
+def _leading_to_the_output(nodes: list[Node]) -> tuple[Node, ...]:
+    """Without what forward computes and nothing reads."""
+    read = {"input", "output"}
+    for node in reversed(nodes):
+        if node.name in read:
+            read.update(node.inputs)
+    return tuple(node for node in nodes if node.name in read)
+
+
+def _in_place(model: nn.Module, node: fx.Node) -> bool:
+    """Whether an operation overwrites its first input."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False)) and not isinstance(module, nn.Dropout | nn.Dropout2d)
+    return node.target in (operator.iadd, "add_") or bool(node.kwargs.get("inplace", False))
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -92,7 +92,7 @@ class TicketNetwork(nn.Module):
         if node.op in ("layer", "given"):
             return self._apply_layer(node, x)
         if node.op == "output":
-            x = self._narrow(x, node.inputs[0], torch.tensor(node.attributes["rows"]))
+            x = self._narrow(x, node.inputs[0], torch.tensor(node.attributes["rows"], dtype=torch.int64))
             return x.flatten(1) if node.attributes.get("flatten") else x
         if node.inputs[0] not in self._image:
             inputs = [self._narrow(x, name, self._read[node.name]) for x, name in zip(inputs, node.inputs, strict=True)]

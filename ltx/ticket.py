@@ -28,8 +28,9 @@ DEAD, CONSTANT = -1, -2  # labels of rows that stand for no target channel
 class TicketNode:
     """One operation of the ticket's network.
 
-    `op` is input, layer (random parameters under the mask), given (parameters taken from the target),
-    activation, flatten, max_pool or output; `attributes` are JSON values.
+    `op` is input, layer (random parameters under the mask), given (a linear layer taken from the target), batch_norm
+    (given too, one scale and shift for each channel), activation, add, flatten, max_pool, avg_pool or output;
+    `attributes` are JSON values.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Ticket:
     masks: per source layer the sorted flat indices (o * C_in + i) * K + k of the kept weights, int64.
     bias_masks: per source layer the sorted output channels whose bias is kept, int64.
     slots: per source layer and output channel the target channel that it stands for, DEAD or CONSTANT.
-    given: tensors that are not random (a kept head), named `NODE.weight`, `NODE.bias`.
+    given: tensors that are not random (batch norm, a kept head), named `NODE.weight`, `NODE.bias`.
     input_low, input_high: the range of input elements that it was made for.
     """
 

@@ -71,9 +71,9 @@ def train(
 ) -> float:
     """Train `model` in place and return its test accuracy in percent.
 
-    What happens in an epoch depends on (seed, round, epoch) alone and every round starts a fresh optimizer, so a
-    run that resumes from `checkpoint` (written after every round, and after an epoch where the last one is older
-    than SAVE_EVERY) ends where an unbroken one ends.
+    What happens in an epoch depends on (seed, round, epoch) alone, in a model without dropout, and every round starts
+    a fresh optimizer, so a run that resumes from `checkpoint` (written after every round, and after an epoch where the
+    last one is older than SAVE_EVERY) ends where an unbroken one ends.
 
     Args:
         density: final share kept of every prunable parameter (one number), or one per parameter name.
@@ -87,9 +87,12 @@ def train(
     device = str(data.images.device)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     settings = json.dumps(
-        {"protocol": asdict(protocol), "density": density, "seed": seed, "shapes": shapes, "images": len(data)},
+        {
+            "protocol": asdict(protocol), "density": density, "seed": seed, "shapes": shapes, "images": len(data),
+            "modules": [type(module).__name__ for module in model.modules()], "compiled": compiled,
+        },
         sort_keys=True,
-    )
+    )  # fmt: skip
     start = _resume(model, checkpoint, settings) if checkpoint else _Start()
 
     def keep(round_: int, epoch: int, optimizer: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ltx import data, training
-from ltx.errors import CheckpointError
+from ltx.errors import CheckpointError, LtxError
 from ltx.targets import build, prunable
 
 PROTOCOL = training.Protocol(rounds=3, epochs=1, batch_size=128, learning_rate=0.005)
@@ -125,3 +125,40 @@ def test_order_of_images_depends_on_seed_round_and_epoch(splits):
     assert not torch.equal(first(0, 1, 1), first(1, 1, 1))
     assert not torch.equal(first(0, 1, 1), first(0, 2, 1))
     assert not torch.equal(first(0, 1, 1), first(0, 1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_trains_on_a_gpu(splits, compiled):
+    on_gpu = [data.Split(s.images.cuda(), s.labels.cuda()) for s in splits]
+    torch.manual_seed(0)
+    model = build("resnet22", "relu", shape=(1, 8, 8), classes=10)
+    protocol = training.Protocol(rounds=2, epochs=2, batch_size=128, learning_rate=0.005, crop=1)
+    assert training.train(model, *on_gpu, protocol, 0.3, seed=0, compiled=compiled) > 60
+
+
+@pytest.mark.slow
+def test_compiled_training_learns(splits):
+    model = fresh()
+    protocol = training.Protocol(rounds=1, epochs=2, batch_size=32, learning_rate=0.005)
+    try:
+        accuracy = training.train(model, *splits, protocol, 0.3, seed=0, compiled=True)
+    except LtxError as error:
+        pytest.skip(str(error))  # no C++ compiler
+    assert accuracy > 80
+
+
+def test_a_compiler_that_does_not_work_is_named(splits, monkeypatch):
+    def broken(_):
+        def call(images):
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+
+        return call
+
+    import torch._dynamo.exc
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        LtxError, match=r"compile=true: torch.compile does not work here .no C.. compiler.; use compile=false"
+    ):
+        training.train(fresh(), *splits, PROTOCOL, 0.2, seed=0, compiled=True)

@@ -169,14 +169,19 @@ class _Walk:
             assert norm is not None
             if place.stream is None:
                 raise ConstructionError(f"batch norm '{node.name}' normalises the image itself; put a layer before it")
+            if place.flat and not place.vector:
+                raise ConstructionError(f"batch norm '{node.name}' normalises flattened images; flatten behind it")
             how = self.layout.constants.get(self.layout.stream[node.name])
             name = builder.add_batch_norm(node.name, place, norm, constant=how.norm if how else 0)
             bound = float((norm.scale.abs() * place.bound + norm.shift.abs()).nan_to_num(nan=math.inf).max())
             return replace(place, node=name, target=node.name, bound=bound, nonnegative=False)
         if node.op == "add":
             one, other = inputs
-            if (one.flat, one.vector) != (other.flat, other.vector):
-                raise ConstructionError(f"node '{node.name}' adds images and vectors; flatten behind the sum")
+            if (one.flat is None or one.vector, one.vector) != (other.flat is None or other.vector, other.vector):
+                raise ConstructionError(
+                    f"node '{node.name}' adds what a linear layer gives to images, flattened or not, whose channels "
+                    "are no slots of the same layer"
+                )
             return replace(
                 place, node=builder.add_node(node.name, "add", (one.node, other.node)), target=node.name,
                 behind=tuple(dict.fromkeys(one.behind + other.behind)), bound=one.bound + other.bound,

@@ -17,7 +17,7 @@ from ltx.errors import ConstructionError
 from ltx.graph import Graph, Node, above
 
 IMAGE = "input"  # the stream of the image itself
-LEAST_CONSTANT = 0.1  # a constant nearer to 0, or further out than its inverse, is no use in a base set
+PRUNED_ROWS_DO = 0.5  # constants of pruned rows, which cost nothing, are taken where they are as near to 1 as this
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ def layout(graph: Graph, epsilon: float, *, kept: str | None) -> Layout:
         name: tuple(n.name for n in graph.nodes if n.op == "layer" and stream[n.name] == name)
         for name in dict.fromkeys(stream.values())
     }
+    for layers in writers.values():
+        widths = {layer: len(graph.layers[layer].weight) for layer in layers}
+        if len(set(widths.values())) > 1:
+            raise ConstructionError(f"the network adds layers of different widths ({widths}), which skips cannot join")
     constants: dict[str, Constants] = {}
     needs: set[str] = set()
     for name in reversed(writers):
@@ -95,11 +99,13 @@ def _constants(graph: Graph, writers: tuple[str, ...], places: tuple[str, ...]) 
         worth = torch.minimum(worth, 1 / worth).amin(0)
         if float(worth.max()) > best[0]:
             best = float(worth.max()), Constants(sums, int(worth.argmax()))
-        if best[0] >= LEAST_CONSTANT:
-            return best[1]
-    raise ConstructionError(
-        f"layer {writers[0]}: no slot behind it can be made constant, which the biases behind '{places[0]}' need"
-    )
+        if best[0] >= PRUNED_ROWS_DO:
+            break
+    if not best[0]:
+        raise ConstructionError(
+            f"layer {writers[0]}: no slot behind it can be made constant, which the biases behind '{places[0]}' need"
+        )
+    return best[1]
 
 
 def constant_value(graph: Graph, place: str, start: Mapping[str, Tensor], channels: Tensor) -> Tensor:

@@ -53,17 +53,20 @@ def sampled(
     generator = torch.Generator().manual_seed(seed)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     layers = {name: layer for name, layer in graph.layers.items() if not graph.is_projection(name)}
+    if not layers:
+        raise ConstructionError("the network has no layer whose parameters could get errors")
     first, last = next(iter(layers)), list(layers)[-1]
     parameters = copies = 0
     for name, layer in layers.items():
-        sets = 1
+        sets = constants = 1  # base sets of a weight, of a bias
         if name == first:
             law = pair_law(pair_activation(graph, name), nonnegative=input_range[0] >= 0)
-            sets = 2 if law.opposite else len(law.signs)
+            sets, constants = (2, 2) if law.opposite else (len(law.signs), 1)
             channels = int(above(layer.weight, epsilon).flatten(2).any(2).any(0).sum()) if layer.kind == "conv" else (
                 int(above(layer.weight, epsilon).any(0).sum())
             )  # fmt: skip
-            copies = base_set_size * sets * (channels + bool(above(layer.bias, epsilon).any()))
+            biased = bool(above(layer.bias, epsilon).any())
+            copies = base_set_size * (sets * channels + constants * biased)
         error, size = _distribution("product" if name == first else "uniform", base_set_size, epsilon, selection)
         slots = 1 if name == last else base_set_size
         for part, tensor in (("weight", layer.weight), ("bias", layer.bias)):
@@ -74,7 +77,7 @@ def sampled(
                 raise ConstructionError(f"layer {name}: its {part} is not '{key}' of the model's state")
             changed, sizes = _perturbed(tensor, epsilon, error, size, generator)
             state[key] = changed
-            parameters += slots * sets * sizes
+            parameters += slots * (sets if part == "weight" else constants) * sizes
     counted = sum(layer.parameters_above(epsilon) for layer in layers.values())
     return Sampled(state, parameters + copies, counted)
 

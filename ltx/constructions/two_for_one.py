@@ -66,10 +66,11 @@ def pair_activation(graph: Graph, name: str) -> Activation:
     if graph.is_projection(name):
         return ACTIVATIONS["identity"]
     after = graph.readers(name)
-    while after and after[0].activation is None and after[0].op not in ("layer", "output"):
-        after = graph.readers(after[0].name)
-    if after and after[0].activation is not None:
-        return after[0].activation
+    while after:  # those that read it, those that read these, ...
+        for node in after:
+            if node.activation is not None:
+                return node.activation
+        after = list({node.name: node for before in after for node in graph.readers(before.name)}.values())
     position = graph.nodes.index(graph[name])
     before = [n.activation for n in graph.nodes[:position] if n.activation is not None]
     return before[-1] if before else ACTIVATIONS["identity"]
@@ -159,7 +160,9 @@ def _copy_layer(
     channels = read.any(1).nonzero().flatten()
     needs = [(int(taken.slots[j, 0]), sign) for j in channels for sign in law.signs]
     if step.biased:
-        needs.append((-1 if first else int(taken.constants[0]), 0 if law.signs == (0,) else 1))
+        positive = first or float(taken.constant_values[0]) > 0  # lambda times the constant must be positive
+        sign = 0 if law.signs == (0,) else 1 if positive else -1
+        needs.append((-1 if first else int(taken.constants[0]), sign))
     row, value, used = _match(layer, builder.plan.seed, needs, m, step=2 if law.opposite else 1)
 
     labels = torch.full((used,), DEAD, dtype=torch.int64)

@@ -44,7 +44,7 @@ def figure(table: pd.DataFrame) -> Figure:
                     ]
                     if line.empty:
                         continue
-                    mean = np.exp(np.log(line.pivot(index="position", columns="seed", values="relative")).mean(axis=1))
+                    mean = np.exp(np.log(line.set_index("position")["relative"]).groupby("position").mean())
                     label = "sampled" if construction == "sampled" else f"explicit {construction}"
                     axes.plot(mean.index, mean.to_numpy(), color=colour, marker=marker, ms=3, lw=1.1,
                               label=f"{label}, m = {m}, ε = {epsilon:g}")  # fmt: skip

@@ -65,6 +65,8 @@ def _deviation_figure(settings: Settings, path: Path) -> None:
         account = next((_read(file) for file in sorted(folder.glob("deviation*.json"))), None)
         if account is None or account["target_sha256"] not in digests:
             continue
+        if account["selection"] != settings.selection.value:
+            continue
         if account["kind"] == "explicit" and any(account[key] != value for key, value in _how(settings).items()):
             continue
         layers = account.pop("layers")

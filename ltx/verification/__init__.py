@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ltx.errors import ConstructionError
 from ltx.graph import Graph, fold_batch_norm
 from ltx.ticket import Ticket
 from ltx.verification.approximation import Approximation
@@ -39,9 +40,12 @@ def verify(ticket: Ticket, target: Graph | None = None) -> Verification:
         ours, theirs = ticket.target_sha256[:12], target.digest()[:12]
         violations = [f"target: has SHA-256 {theirs}..., the ticket was made for {ours}..."]
     else:
-        if not any(node.op == "batch_norm" for node in ticket.graph):
-            target = fold_batch_norm(target)  # a ticket without batch norm approximates the folded parameters
-        violations = list(topology(ticket, target))
+        try:
+            if not any(node.op == "batch_norm" for node in ticket.graph):
+                target = fold_batch_norm(target)  # a ticket without batch norm approximates the folded parameters
+            violations = list(topology(ticket, target))
+        except ConstructionError as error:
+            violations = [f"graph: has no batch norm; {error}"]
     if violations:
         return Verification(tuple(violations), 0, float("nan"))
     check = Approximation(ticket, target)

@@ -96,7 +96,7 @@ class Approximation:
         labels = self.labels[before]
         norm = next((n.batch_norm for n in self.target.nodes if n.name == node.name), None)
         assert labels is not None
-        if norm is None or int(labels.max()) >= len(norm.scale):
+        if norm is None or len(norm.scale) != self._channels(node.name):
             yield f"batch norm {node.name}: the target has none of that name with so many channels"
             return
         scale, shift = (self.ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
@@ -110,7 +110,9 @@ class Approximation:
             yield f"batch norm {node.name}: slot {slot} has that of no channel"
         self.labels[node.name] = labels
         self.constants[node.name] = self.constants[before] * scale.double() + shift.double()
-        self.range[node.name] = -math.inf, math.inf
+        reach = max(map(abs, self.range[before]))
+        high = float((norm.scale.abs() * reach + norm.shift.abs()).nan_to_num(nan=math.inf).max())
+        self.range[node.name] = -high, high
 
     def _layer(self, node: TicketNode) -> Iterator[str]:
         layer = self.ticket.layer(node.attributes["layer"])
@@ -121,7 +123,9 @@ class Approximation:
             yield f"layer {layer.name}: row {int(dead[0])} is labelled as pruned and keeps parameters"
         self.labels[node.name], self.range[node.name] = labels, (-math.inf, math.inf)
         self.constants[node.name] = torch.full((layer.shape[0],), float("nan"), dtype=torch.float64)
-        if layer.role == "copies":
+        if layer.role != "copies" and self.labels[node.inputs[0]] is None:
+            yield f"layer {layer.name}: reads the image, of which there are no slots, without copies"
+        elif layer.role == "copies":
             yield from self._copy_layer(node, layer, labels, rows, offsets, values)
         else:
             yield from self._sums(node, layer, labels, rows, offsets, values)
@@ -207,6 +211,13 @@ class Approximation:
         for row in stray.nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}: row {row} is labelled constant and reads a channel that is not"
         self.constants[node.name] = torch.where(constant_row, bias_sum, torch.nan)
+        if node.inputs[0] in self.copies:
+            # one slot a channel: a parameter above epsilon is off by epsilon, its linearisation by as much again
+            reach = max(1.0, *map(abs, self.copied))
+            size = target.weight.abs().flatten(1).double()
+            size = (size + 2 * epsilon * (size > epsilon)).sum(1) * reach + target.bias.abs().double() + epsilon
+            high = max(float(size.max()), 1 + epsilon)
+            self.range[node.name] = -high, high
 
     def _compare(self, layer, sums, kept, wanted, rows, sets, epsilon, what="weight") -> Iterator[str]:
         big = (wanted.abs() > epsilon) & rows[:, None]
@@ -269,12 +280,14 @@ class Approximation:
 
         The terms v phi(lambda x) of one parameter may be off by epsilon times the largest input, together.
         """
-        bound = max(map(abs, self.copied)) if node.inputs[0] in self.copies else math.inf
-        if not math.isfinite(bound):
+        if node.inputs[0] not in self.copies:
             return
         phi_node, copies = self.copies[node.inputs[0]]
-        phi = _inside(phi_node)
+        phi, bound = _inside(phi_node), max(map(abs, self.copied))
         if phi.exact:
+            return
+        if not math.isfinite(bound):
+            yield f"layer {layer.name}: its inputs have no known bound, which {phi.name} needs to be nearly linear"
             return
         z = torch.linspace(-1, 1, 4001, dtype=torch.float64) * bound * copies.sigma
         linear = torch.where(z > 0, phi.slope_pos * z, phi.slope_neg * z) + phi.offset
@@ -314,7 +327,7 @@ class Approximation:
     def _output(self, node: TicketNode) -> Iterator[str]:
         labels = self.labels[node.inputs[0]]
         assert labels is not None
-        rows = torch.tensor(node.attributes["rows"])
+        rows = torch.tensor(node.attributes["rows"], dtype=torch.int64)
         if not torch.equal(labels[rows], torch.arange(self.outputs)):
             yield "output: its rows do not stand for the target's outputs in their order"
 

@@ -89,6 +89,8 @@ def _target_operations(target: Graph) -> list[Operation]:
             channels[name], flat = len(layer.weight), flat or layer.kind == "linear"
         elif node.op == "output":
             operation = ("output", flat)
+        elif node.op == "batch_norm":
+            operation = ("batch_norm", name, flat)
         result.add(node, node.inputs, *operation, flat=flat)
     return result.found
 
@@ -106,7 +108,7 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
         node = nodes[name]
         layer = ticket.layer(node.attributes["layer"]) if node.op == "layer" else None
         flat = any(result.flat[before] for before in node.inputs)
-        pair = copies.get(node.inputs[0]) if node.inputs else None
+        pair = next((copies[before] for before in node.inputs if before in copies), None)
         if pair is not None and node.op in ("activation", "flatten"):
             if node.op == "activation" and (node.inputs[0] in active or len(_readers(ticket, node.inputs[0])) != 1):
                 return f"graph: node '{name}' follows the copies of {pair.target}, the sums must"
@@ -142,6 +144,8 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
             result.add(node, node.inputs, node.op, *_plain(node.attributes), flat, flat=flat)
         elif node.op == "output":
             result.add(node, node.inputs, "output", flat or bool(node.attributes.get("flatten")), flat=flat)
+        elif node.op == "batch_norm":
+            result.add(node, node.inputs, "batch_norm", name, flat, flat=flat)
         else:
             result.add(node, node.inputs, node.op, flat=flat)
     return result.found
