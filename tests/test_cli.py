@@ -379,3 +379,10 @@ def test_sampled_errors_are_no_ticket(residual, ltx, command):
         assert "no ticket is built" in one_line(ltx(command, *settings, "construction=sampled")[2])
     else:
         assert "draw them with ltx construct" in one_line(ltx(command, *settings, "construction=sampled", "seed=9")[2])
+
+
+def test_a_checkpoint_of_another_network_is_refused(ltx):
+    kept = ROOT / "outputs" / "reference" / "targets" / "mnist-relu.safetensors"
+    status, _, err = ltx("construct", "target=resnet22", f"target.checkpoint={kept}")
+    assert status == 1
+    assert "is a mnist_cnn for mnist, target=resnet22 is a resnet22" in one_line(err)

@@ -55,3 +55,64 @@ def test_the_papers_values_stay_with_mnist():
     table = tables.accuracy_table(results(data="digits", n=1))
     assert "paper" not in table.csv
     assert "±" not in table.markdown
+
+
+def deep_results(n=50, examples=10_000):
+    rows = []
+    for activation in ("relu", "sigmoid"):
+        for construction, seeds in (("sampled", range(n)), ("L+1", range(3)), ("2L", range(3))):
+            for s in seeds:
+                explicit = construction != "sampled"
+                rows.append(
+                    {
+                        "data": "cifar10", "network": "resnet22", "activation": activation,
+                        "construction": construction, "kind": "explicit" if explicit else "sampled", "seed": s,
+                        "base_set_size": 15, "epsilon": 0.01, "selection": "smallest", "head": "construct",
+                        "batch_norm": "keep", "examples": 2000 if explicit else examples, "target_accuracy": 72.64,
+                        "ticket_accuracy": 60.0 + s, "agreement": 90.0,
+                        "target_parameters": 117_226 if explicit else 116_094,
+                        "ticket_parameters": 3_900_000 + s, "source_parameters": 141e6 if explicit else None,
+                        "target_training": "quick, 12 x 3 epochs",
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_table_3_tells_sampled_from_explicit_and_takes_the_best_half():
+    table = tables.deep_accuracy_table(deep_results())
+    frame = pd.read_csv(io.StringIO(table.csv)).set_index(["activation", "ticket"])
+    row = frame.loc[("sigmoid", "sampled")]
+    assert (row.paper_target, row.paper_ticket, row.paper_ticket_ci95, row.paper_ticket_best_half) == (
+        72.66,
+        69,
+        2,
+        73.2,
+    )
+    assert row["mean"] == pytest.approx(60 + 24.5)
+    assert row.best_half == pytest.approx(60 + 37)  # 25 to 49
+    assert row.best_half_ci95 == pytest.approx(1.96 * pd.Series(range(25, 50)).std() / 5)
+    assert (row.n, row.images) == (50, 10_000)
+    for kind in ("explicit L+1", "explicit 2L"):
+        row = frame.loc[("ReLU", kind)]
+        assert math.isnan(row.paper_ticket)  # the paper built no ticket
+        assert (row.n, row.images, row["mean"]) == (3, 2000, 61.0)
+    assert "Sampled: no ticket is built" in table.note
+    assert "quick, 12 x 3 epochs" in table.markdown
+
+
+def test_a_row_of_table_3_is_of_one_set_of_images():
+    mixed = pd.concat([deep_results(n=10), deep_results(n=3, examples=500)])
+    frame = pd.read_csv(io.StringIO(tables.deep_accuracy_table(mixed).csv)).set_index(["activation", "ticket"])
+    assert (frame.loc[("ReLU", "sampled")].n, frame.loc[("ReLU", "sampled")].images) == (10, 10_000)
+
+
+def test_table_4_has_the_papers_ratio():
+    frame = pd.read_csv(io.StringIO(tables.deep_parameter_table(deep_results()).csv)).set_index(
+        ["activation", "ticket"]
+    )
+    row = frame.loc[("sigmoid", "sampled")]
+    assert (row.paper_target, row.paper_ticket) == (116_048, 3_934_621)
+    assert row.paper_ratio == pytest.approx(33.905, abs=1e-3)
+    assert row.ratio == pytest.approx(3_900_024.5 / 116_094)
+    assert math.isnan(row.source)
+    assert frame.loc[("sigmoid", "explicit 2L")].source == 141e6

@@ -101,7 +101,13 @@ def _differences(settings: Settings, metadata: dict[str, str]) -> dict[str, str]
 def load(settings: Settings) -> Target:
     """The target of the settings: target.checkpoint, else `find`; LtxError saying how to train it when absent."""
     if settings.target.checkpoint:
-        return _read(Path(settings.target.checkpoint).expanduser(), settings)
+        target = _read(Path(settings.target.checkpoint).expanduser(), settings)
+        if target.network != settings.target.network:
+            raise CheckpointError(
+                f"checkpoint {target.path}: is a {target.network} for {target.data}, target={settings.target.name} is a "
+                f"{settings.target.network}; choose the target= it was made for"
+            )
+        return target
     found = find(settings)
     if found is None:
         raise LtxError(
