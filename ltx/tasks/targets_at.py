@@ -104,8 +104,8 @@ def load(settings: Settings) -> Target:
         target = _read(Path(settings.target.checkpoint).expanduser(), settings)
         if target.network != settings.target.network:
             raise CheckpointError(
-                f"checkpoint {target.path}: is a {target.network} for {target.data}, target={settings.target.name} is a "
-                f"{settings.target.network}; choose the target= it was made for"
+                f"checkpoint {target.path}: is a {target.network} for {target.data}, "
+                f"target={settings.target.name} is a {settings.target.network}; choose the target= it was made for"
             )
         return target
     found = find(settings)

@@ -45,10 +45,18 @@ def _train(settings: Settings, path: Path) -> Path:
     if settings.force:
         checkpoint.unlink(missing_ok=True)
     with tqdm(total=protocol.rounds * protocol.epochs, unit="epoch", disable=None) as bar:
+        latest = ""
 
         def show(p: training.Progress) -> None:
-            bar.n = (p.round - 1) * protocol.epochs + p.epoch
-            bar.set_postfix_str(f"round {p.round}/{protocol.rounds} loss {p.loss:.4f}")
+            nonlocal latest
+            done = (p.round - 1) * protocol.epochs + p.epoch
+            if bar.n == 0:
+                bar.initial = done - 1  # of a run that goes on: the time left is reckoned from here
+            if p.accuracy is not None:
+                latest = f" accuracy {p.accuracy:.2f} %"
+            bar.n = done
+            where = f"round {p.round}/{protocol.rounds} epoch {p.epoch}/{protocol.epochs}"
+            bar.set_postfix_str(f"{where} loss {p.loss:.4f}{latest}")
             if p.accuracy is not None:
                 log.info(
                     "round %d/%d: loss %.4f, test accuracy %.2f %%",
