@@ -370,6 +370,26 @@ def test_residual_network_from_training_to_tables(residual, ltx):
     assert "| explicit 2L " in page
 
 
+def test_tables_say_what_could_not_be_constructed(outputs, ltx):
+    settings = ("target=digits", "protocol=smoke", "epsilon=0.002", "m=9", "construction=2L")
+    assert ltx("construct", *settings, "seed=5", output_dir=outputs)[0] == 1
+    assert ltx("tables", *settings, output_dir=outputs)[0] == 1  # no result at all
+    done = ("target=digits", "protocol=smoke", "epsilon=0.002", "m=14", "construction=L+1")
+    for command in ("construct", "eval"):
+        assert ltx(command, *done, output_dir=outputs)[0] == 0
+    failure = next(outputs.glob("tickets/*/2L-m9*/failure.json"))
+    assert "none of" in json.loads(failure.read_text())["error"]
+    said = json.loads(failure.read_text()) | {"base_set_size": 14}
+    elsewhere = outputs / "tickets" / "digits" / "failed" / "failure.json"
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text(json.dumps(said))
+    assert ltx("tables", *done, output_dir=outputs)[0] == 0
+    assert (
+        "Not constructed, and not in the means: ReLU, 2L, seed 5 (layer"
+        in (outputs / "tables" / "table1-digits.md").read_text()
+    )
+
+
 @pytest.mark.parametrize("command", ["eval", "verify"])
 def test_sampled_errors_are_no_ticket(residual, ltx, command):
     folder, settings = residual

@@ -222,6 +222,16 @@ def _deep_note(results: pd.DataFrame) -> str:
     )
 
 
+def failure_note(failures: list[dict]) -> str:
+    """Which tickets could not be constructed, and why; nothing where all could."""
+    lines = [
+        f" Not constructed, and not in the means: {ACTIVATIONS[f['activation']]}, {f['construction']}, "
+        f"seed {f['seed']} ({f['error']})."
+        for f in failures
+    ]
+    return "".join(lines)
+
+
 def _pm(mean: float, half: float, form: str) -> str:
     return f"{mean:{form}}" if math.isnan(half) else f"{mean:{form}} {PM} {half:{form}}"
 

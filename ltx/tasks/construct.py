@@ -10,7 +10,7 @@ from ltx import data, paths
 from ltx.config import Settings
 from ltx.constructions import Statistics, construct
 from ltx.constructions.sampled import sampled
-from ltx.errors import CheckpointError, LtxError
+from ltx.errors import CheckpointError, ConstructionError, LtxError
 from ltx.files import write_json, write_tensors
 from ltx.targets import read_checkpoint
 from ltx.tasks import provenance, targets_at
@@ -34,12 +34,27 @@ def run(settings: Settings) -> Path:
         return _sample(settings, target, path)
     statistics: list[Statistics] = []
     begin = time.perf_counter()
-    ticket = construct(
-        target.graph, construction=settings.construction.value, base_set_size=settings.m,
-        epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
-        head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
-        input_range=data.dataset_spec(target.data).input_range, device=device, on_statistics=statistics.append,
-    )  # fmt: skip
+    failure = path.with_name("failure.json")
+    try:
+        ticket = construct(
+            target.graph, construction=settings.construction.value, base_set_size=settings.m,
+            epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
+            head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
+            input_range=data.dataset_spec(target.data).input_range, device=device, on_statistics=statistics.append,
+        )  # fmt: skip
+    except ConstructionError as error:
+        # tables say which tickets there are none of
+        about = {
+            "activation": target.activation, "construction": settings.construction.value, "base_set_size": settings.m,
+            "epsilon": settings.epsilon, "selection": settings.selection.value, "seed": settings.seed,
+            "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
+        }  # fmt: skip
+        write_json(
+            failure,
+            {"error": str(error), "kind": "explicit", **about, "target_sha256": target.digest, **provenance.here()},
+        )
+        raise
+    failure.unlink(missing_ok=True)
     seconds = time.perf_counter() - begin
     ticket.save(path)
     problems, failures = statistics[0].problems, statistics[0].failures

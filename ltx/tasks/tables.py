@@ -27,6 +27,7 @@ def run(settings: Settings) -> Path:
     """Write the tables and print them; the folder that holds them."""
     deep = settings.target.network == "resnet22"
     results = collect(settings, sampled=deep)
+    failed = collect_failures(settings)
     if results.empty:
         raise LtxError(
             f"no results below {Path(settings.output_dir) / 'tickets'} for target={settings.target.name} "
@@ -43,6 +44,7 @@ def run(settings: Settings) -> Path:
         else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
     )  # fmt: skip
     for number, table in made.items():
+        table = replace(table, note=table.note + tables.failure_note(failed))
         print(f"\n{table.title}\n\n{table.markdown}\n")
         for extension, text in (("csv", table.csv), ("md", table.markdown_page), ("tex", table.latex)):
             write_text(folder / f"table{number}{suffix}.{extension}", text)
@@ -100,6 +102,21 @@ def collect(settings: Settings, *, sampled: bool) -> pd.DataFrame:
         if (explicit or sampled) and all(result.get(key) == value for key, value in needs.items()):
             rows.append(result)
     return pd.DataFrame(rows)
+
+
+def collect_failures(settings: Settings) -> list[dict]:
+    """What `ltx construct` left of tickets with these settings that could not be constructed."""
+    wanted = {
+        "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
+        **_how(settings),
+    }  # fmt: skip
+    digests = _targets(settings)
+    found = [_read(path) for path in sorted((Path(settings.output_dir) / "tickets").glob("*/*/failure.json"))]
+    return [
+        failure for failure in found
+        if failure is not None and failure["target_sha256"] in digests
+        and all(failure[key] == value for key, value in wanted.items())
+    ]  # fmt: skip
 
 
 def _how(settings: Settings) -> dict:
