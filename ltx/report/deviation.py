@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ltx.report.figures import STYLE
 from ltx.report.tables import ACTIVATIONS
@@ -28,7 +29,7 @@ def figure(table: pd.DataFrame) -> Figure:
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     with matplotlib.rc_context(STYLE):
-        result = Figure(figsize=(5.2 * columns, 3.4 * rows + 0.4), layout="constrained")
+        result = Figure(figsize=(5.2 * columns, 3.2 * rows + 1.0), layout="constrained")
         panels = result.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
         for axes in panels[len(names) :]:
             axes.set_visible(False)
@@ -52,12 +53,14 @@ def figure(table: pd.DataFrame) -> Figure:
             axes.set_yscale("log")
             axes.set_title(ACTIVATIONS[name], loc="left")
             axes.grid(alpha=0.25, lw=0.5)
-            axes.legend(fontsize=6.5, loc="lower right")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in panels[-columns:]:
             axes.set_xlabel("activation, from the first to the last")
         for axes in panels[::columns]:
             axes.set_ylabel("rms deviation of a slot / std of the target")
+        lines = {line.get_label(): line for axes in panels for line in axes.get_lines() if line.get_label()[0] != "_"}
+        result.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(2, columns + 1), fontsize=7)
         result.suptitle(
-            "How the deviation of a ticket's slots grows through ResNet-22 (geometric mean over seeds)", fontsize=9
+            "How the deviation of a ticket's slots grows\nthrough ResNet-22 (geometric mean over seeds)", fontsize=9
         )
     return result
