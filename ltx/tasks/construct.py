@@ -54,7 +54,8 @@ def run(settings: Settings) -> Path:
             {"error": str(error), "kind": "explicit", **about, "target_sha256": target.digest, **provenance.here()},
         )
         raise
-    failure.unlink(missing_ok=True)
+    if failure.is_file():
+        failure.unlink()  # of an earlier try
     seconds = time.perf_counter() - begin
     ticket.save(path)
     problems, failures = statistics[0].problems, statistics[0].failures
