@@ -75,7 +75,8 @@ def _deviation_figure(settings: Settings, path: Path) -> None:
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
         table = pd.DataFrame(rows)
-        write_text(path.with_suffix(".csv"), table.to_csv(index=False))
+        short = table.drop(columns=["target_sha256", "kind"])
+        write_text(path.with_suffix(".csv"), short.to_csv(index=False, float_format="%.5g"))
         figures.save(deviation.figure(table), path)
 
 
