@@ -61,6 +61,7 @@ resnet-tables: setup  ## Tables 3 and 4, on CIFAR-10: sampled as in the paper, e
 	for sweep in resnet22_explicit resnet22_epsilon; do \
 	  for command in construct verify eval; do \
 	    $(LTX) $$command --multirun experiment=$$sweep protocol=$(PROTOCOL) || exit 1; done; done
+	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) m=24 epsilon=0.001 limit=500
 	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) limit=2000
 
 clean:  ## remove the virtual environment and what runs wrote, except the kept results

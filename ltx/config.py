@@ -116,6 +116,12 @@ class Settings:
         )
         _require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be a positive number")
         _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")
+        for name, kind in (("batch_norm", "keep"), ("scaling", "unit")):
+            given = getattr(self, name).value
+            _require(
+                self.construction.value != "sampled" or given == kind,
+                f"{name}={given} has no meaning with construction=sampled: no ticket is built; leave it out",
+            )
         _require(self.limit is None or self.limit >= 1, f"limit={self.limit}: must be at least 1")
 
     @property

@@ -39,12 +39,18 @@ SETTINGS = (
     ("theta", "null", "any number, null", "one target for all problems, or uniform on [-1, 1)", ("subset-sum",)),
     ("problems", "100000", "2 to 10**8", "random problems", ("subset-sum", "figures")),
     ("seconds", "2", "positive", "how long to measure each solver at each m", ("bench",)),
-    ("head", "keep", "keep, construct", "take the classifier from the target, or approximate it", TICKET),
+    (
+        "head",
+        "keep",
+        "keep, construct",
+        "take the classifier from the target, or approximate it (resnet22: construct)",
+        TICKET,
+    ),
     ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", TICKET),
     ("batch_norm", "keep", "keep, fold", "take batch norm from the target, or fold it into its weights", TICKET),
     ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*TICKET, *SUMS)),
     ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
-    ("limit", "null", "1 or more", "evaluate a fixed random subset of the test images", ("eval",)),
+    ("limit", "null", "1 or more", "a fixed random subset of the test images", ("eval", "tables")),
     ("data.root", "null", "DIR", "of the data; else LTX_DATA, else ~/.cache/ltx", ("train-target", "eval")),
     ("device", "auto", "auto, cpu, cuda", "", (*ALL, *SUMS)),
     ("compile", "false", "true, false", "train through torch.compile; needs a C++ compiler or a GPU", TRAIN),
@@ -57,7 +63,13 @@ SETTINGS = (
         "do the work again although its result is there",
         (*ALL, "subset-sum", "figures"),
     ),
-    ("experiment", "null", "mnist_tables", "a ready-made sweep, with --multirun", TICKET),
+    (
+        "experiment",
+        "null",
+        "mnist_tables, resnet22_(sampled|explicit|epsilon)",
+        "a ready-made sweep, with --multirun",
+        TICKET,
+    ),
 )
 
 

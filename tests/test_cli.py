@@ -363,8 +363,13 @@ def test_residual_network_from_training_to_tables(residual, ltx):
     assert "Table 4" in out
     tables = folder / "tables"
     names = {path.name for path in tables.iterdir()}
-    assert {"table3-digits.md", "table4-digits.tex", "results-resnet22-digits.csv", "deviation-digits.png"} <= names
-    page = (tables / "table3-digits.md").read_text()
+    assert {
+        "table3-digits-m12-eps0.03.md",
+        "table4-digits-m12-eps0.03.tex",
+        "results-resnet22-digits-m12-eps0.03.csv",
+        "deviation-digits.png",
+    } <= names
+    page = (tables / "table3-digits-m12-eps0.03.md").read_text()
     assert "| sampled " in page
     assert "| explicit L+1 " in page
     assert "| explicit 2L " in page
@@ -386,7 +391,7 @@ def test_tables_say_what_could_not_be_constructed(outputs, ltx):
     assert ltx("tables", *done, output_dir=outputs)[0] == 0
     assert (
         "Not constructed, and not in the means: ReLU, 2L, seed 5 (layer"
-        in (outputs / "tables" / "table1-digits.md").read_text()
+        in (outputs / "tables" / "table1-digits-m14-eps0.002.md").read_text()
     )
 
 

@@ -33,12 +33,15 @@ def run(settings: Settings) -> Path:
             f"no results below {Path(settings.output_dir) / 'tickets'} for target={settings.target.name} "
             f"m={settings.m} epsilon={settings.epsilon:g} selection={settings.selection.value} "
             f"head={settings.head.value} scaling={settings.scaling.value} batch_norm={settings.batch_norm.value} "
-            f"protocol={settings.protocol.name}; make them with ltx construct and ltx eval, or all of them with make "
-            "paper-tables"
+            f"protocol={settings.protocol.name} limit={settings.limit or 'null'}; make them with ltx construct and ltx "
+            "eval (with a limit, say the same one here), or all of them with make paper-tables"
         )
     folder = Path(settings.output_dir) / "tables"
     usual = settings.data.name == "mnist" or settings.target.name == "resnet22"
     suffix = "" if usual and not settings.target.checkpoint else f"-{_name(settings)}"
+    figure = folder / f"deviation{suffix}"  # of every m and epsilon
+    if (settings.m, settings.epsilon) != (15, 0.01):
+        suffix += f"-m{settings.m}-eps{settings.epsilon!r}"  # beside those with the paper's
     made = (
         {3: tables.deep_accuracy_table(results), 4: tables.deep_parameter_table(results)} if deep
         else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
@@ -52,7 +55,7 @@ def run(settings: Settings) -> Path:
     plain = results.drop(columns=["settings", "target"])
     write_text(folder / f"results{network}{suffix}.csv", plain.to_csv(index=False))
     if deep:
-        _deviation_figure(settings, folder / f"deviation{suffix}")
+        _deviation_figure(settings, figure)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ltx.config import Settings
 from ltx.errors import CheckpointError, LtxError
 from ltx.graph import Graph, trace
 from ltx.ticket import Ticket
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,5 +169,7 @@ def _read(path: Path, settings: Settings, activation: str | None = None) -> Targ
     spec = data.dataset_spec(name)
     model = targets.build(network, wanted, shape=spec.shape, classes=spec.classes)
     targets.load_into(model, checkpoint, network=network)
+    if "activation" not in said:
+        log.info("%s does not say its activation: taken for %s", path, wanted)
     graph = trace(model)
     return Target(path, model, graph, graph.digest(), network, wanted, name)

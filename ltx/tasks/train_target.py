@@ -44,6 +44,11 @@ def _train(settings: Settings, path: Path) -> Path:
     checkpoint = path.with_name("round.safetensors")
     if settings.force:
         checkpoint.unlink(missing_ok=True)
+    log.info(
+        "%s, %s on %s: %d rounds of %d epochs%s",
+        settings.target.network, settings.activation.value, device, protocol.rounds, protocol.epochs,
+        f", going on from {checkpoint}" if checkpoint.is_file() else "",
+    )  # fmt: skip
     with tqdm(total=protocol.rounds * protocol.epochs, unit="epoch", disable=None) as bar:
         latest = ""
 
