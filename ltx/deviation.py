@@ -7,13 +7,13 @@ every activation, where the next layer reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ltx.graph import Graph, Node
+from ltx.graph import Graph, run
+from ltx.network import TicketNetwork
 from ltx.ticket import Ticket
 
 
@@ -29,16 +29,20 @@ class Deviation:
     gain: float | None  # deviation / that of the activation before; None for the first
 
 
-def ticket_deviations(ticket: Ticket, target: Graph, images: Tensor) -> list[Deviation]:
+def ticket_deviations(
+    ticket: Ticket, target: Graph, images: Tensor, *, network: TicketNetwork | None = None
+) -> list[Deviation]:
     """Deviations of an explicit ticket from its target, in float32 on the images' device.
 
     Args:
         target: as the ticket was made for, batch norm folded or not.
         images: (N, C, H, W).
+        network: the ticket as a module, where there is one already.
     """
-    network = ticket.to_module(device=str(images.device))
+    network = network or ticket.to_module(device=str(images.device))
     names = [n.name for n in target.nodes if n.op == "activation"]
-    values = network.run(images, keep=names)
+    with torch.no_grad():
+        values = network.run(images, keep=names)
     labels = ticket.node_labels()
     result: list[Deviation] = []
     for node, theirs in run(target, images):
@@ -78,47 +82,3 @@ def _deviation(name: str, ours: Tensor, theirs: Tensor, channels: Tensor, before
     return Deviation(
         name, len(channels), rms, float(means.square().mean().sqrt()), float(theirs.double().std()), gain
     )  # fmt: skip
-
-
-@torch.no_grad()
-def run(graph: Graph, images: Tensor) -> Iterator[tuple[Node, Tensor]]:
-    """Every node of a target with its value, in order; parameters are brought to the images' device and type."""
-    values: dict[str, Tensor] = {}
-    last = {name: n for n, node in enumerate(graph.nodes) for name in node.inputs}
-    for position, node in enumerate(graph.nodes):
-        inputs = [values[name] for name in node.inputs]
-        values[node.name] = images if node.op == "input" else _value(node, inputs)
-        yield node, values[node.name]
-        for name in node.inputs:
-            if last[name] == position:
-                values.pop(name, None)
-
-
-def _value(node: Node, inputs: list[Tensor]) -> Tensor:
-    x = inputs[0]
-    if node.layer is not None:
-        layer = node.layer
-        weight, bias = layer.weight.to(x), layer.bias.to(x)
-        if layer.kind == "linear":
-            return nn.functional.linear(x, weight, bias)
-        return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
-    if node.batch_norm is not None:
-        scale, shift = (t.to(x).view(-1, *[1] * (x.ndim - 2)) for t in (node.batch_norm.scale, node.batch_norm.shift))
-        return x * scale + shift
-    if node.activation is not None:
-        return node.activation.fn(x)
-    if node.op == "add":
-        return inputs[0] + inputs[1]
-    if node.op == "flatten":
-        return x.flatten(1)
-    if node.op == "max_pool":
-        a = node.attributes
-        return nn.functional.max_pool2d(x, a["kernel_size"], a["stride"], a["padding"])
-    if node.op == "avg_pool":
-        size = node.attributes["kernel_size"]
-        return (
-            x.mean((2, 3), keepdim=True)
-            if size is None
-            else nn.functional.avg_pool2d(x, size, node.attributes["stride"])
-        )
-    return x

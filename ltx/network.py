@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from ltx import operations
 from ltx.activations import from_attributes
 from ltx.sparse_conv import SparseConvolution
 from ltx.ticket import Ticket, TicketNode
@@ -97,25 +98,11 @@ class TicketNetwork(nn.Module):
         if node.inputs[0] not in self._image:
             inputs = [self._narrow(x, name, self._read[node.name]) for x, name in zip(inputs, node.inputs, strict=True)]
             x = inputs[0]
-        if node.op == "add":
-            return inputs[0] + inputs[1]
         if node.op == "activation":
             return from_attributes(node.attributes).fn(x)
         if node.op == "batch_norm":
-            scale, shift = self._held(node.name)
-            return torch.addcmul(shift.view(-1, *[1] * (x.ndim - 2)), x, scale.view(-1, *[1] * (x.ndim - 2)))
-        if node.op == "flatten":
-            return x.flatten(1)
-        if node.op == "max_pool":
-            return nn.functional.max_pool2d(
-                x, node.attributes["kernel_size"], node.attributes["stride"], node.attributes["padding"]
-            )
-        if node.op == "avg_pool":
-            size = node.attributes["kernel_size"]
-            if size is None:
-                return x.mean((2, 3), keepdim=True)
-            return nn.functional.avg_pool2d(x, size, node.attributes["stride"])
-        raise ValueError(f"node '{node.name}': operation '{node.op}' is not known")
+            return operations.scale_and_shift(x, *self._held(node.name))
+        return operations.OPERATIONS[node.op](inputs, node.attributes)
 
     def _narrow(self, x: Tensor, name: str, channels: Tensor) -> Tensor:
         """Of a node's tensor the given channels, which are among those that are read."""
@@ -133,7 +120,7 @@ class TicketNetwork(nn.Module):
         if sparse is not None and x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad:
             return sparse(x)
         weight, bias = self._held(node.name)
-        if weight.ndim == 2:
-            return nn.functional.linear(x, weight, bias)
+        if node.op == "given":
+            return operations.affine(x, weight, bias)
         layer = self._layers[node.attributes["layer"]]
-        return nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+        return operations.affine(x, weight, bias, layer.stride, layer.padding, layer.dilation)

@@ -13,8 +13,8 @@ from ltx import LtxError, construct, verify
 from ltx.activations import ACTIVATIONS
 from ltx.constructions import Statistics
 from ltx.constructions.sampled import PROBLEMS, sampled
-from ltx.deviation import run, sampled_deviations, ticket_deviations
-from ltx.graph import above, fold_batch_norm, trace
+from ltx.deviation import sampled_deviations, ticket_deviations
+from ltx.graph import above, fold_batch_norm, run, trace
 from ltx.subset_sum import sample
 from ltx.targets import MaskedConv2d, MaskedLinear, resnet22
 from ltx.ticket import CONSTANT, DEAD

@@ -108,7 +108,9 @@ class _Walk:
         if all(name == self.kept for name in graph.layers):
             raise ConstructionError("the network has no layer besides its head; use head='construct'")
         self.layout = layout(graph, builder.plan.epsilon, kept=self.kept)
-        self.streams = {name: Stream() for name in self.layout.writers}
+        self.streams = {
+            name: Stream(len(graph.layers[layers[0]].weight)) for name, layers in self.layout.writers.items() if layers
+        }
 
     def run(self, input_range: tuple[float, float]) -> None:
         lo, hi = input_range
@@ -119,7 +121,7 @@ class _Walk:
             inputs = [places[name] for name in node.inputs]
             if node.op == "input":
                 name = self.builder.add_node("input", "input", ())
-                places[node.name] = Place(name, None, (), node.name, max(abs(lo), abs(hi)), lo >= 0)
+                places[node.name] = Place(name, None, (), max(abs(lo), abs(hi)), lo >= 0)
             elif node.op == "layer":
                 places[node.name] = self._layer(node, inputs[0])
             elif node.op == "output":
@@ -129,12 +131,11 @@ class _Walk:
 
     def _output(self, place: Place) -> None:
         rows: list[int] = []
-        if place.stream is not None and self.graph[place.target].name == self.kept:
-            rows = list(range(len(self.graph.layers[place.target].weight)))
-        elif place.stream is not None:
-            writer = self.graph.layers[place.behind[0]]
-            rows = place.stream.take(place.behind, torch.arange(len(writer.weight)), 1, 0)[0][:, 0].tolist()
-        flatten = {"flatten": True} if place.flat and not place.vector else {}
+        if place.stream is not None:
+            channels = torch.arange(place.stream.width)
+            kept = self.kept in place.behind  # its rows are the outputs
+            rows = (channels if kept else place.stream.take(place.behind, channels, 1, 0)[0][:, 0]).tolist()
+        flatten = {"flatten": True} if place.flattened else {}
         self.builder.add_node("output", "output", (place.node,), rows=rows, **flatten)
 
     def _constant(self, node: Node) -> dict:
@@ -155,13 +156,13 @@ class _Walk:
         """An operation that treats every channel alike, so that slots stay where they are."""
         builder, place = self.builder, inputs[0]
         if node.op == "flatten":
-            return place if place.vector or place.flat else replace(place, target=node.name, flat=node.name)
+            return place if place.vector or place.flat else replace(place, flat=node.name)
         if node.op == "activation":
             phi = node.activation
             assert phi is not None
             low, high = phi.bounds(0.0 if place.nonnegative else -place.bound, place.bound)
             return replace(
-                place, node=builder.add_activation(node.name, place.node, phi), target=node.name,
+                place, node=builder.add_activation(node.name, place.node, phi),
                 bound=max(abs(low), abs(high)), nonnegative=low >= 0,
             )  # fmt: skip
         if node.op == "batch_norm":
@@ -169,28 +170,28 @@ class _Walk:
             assert norm is not None
             if place.stream is None:
                 raise ConstructionError(f"batch norm '{node.name}' normalises the image itself; put a layer before it")
-            if place.flat and not place.vector:
+            if place.flattened:
                 raise ConstructionError(f"batch norm '{node.name}' normalises flattened images; flatten behind it")
             how = self.layout.constants.get(self.layout.stream[node.name])
             name = builder.add_batch_norm(node.name, place, norm, constant=how.norm if how else 0)
             bound = float((norm.scale.abs() * place.bound + norm.shift.abs()).nan_to_num(nan=math.inf).max())
-            return replace(place, node=name, target=node.name, bound=bound, nonnegative=False)
+            return replace(place, node=name, bound=bound, nonnegative=False)
         if node.op == "add":
             one, other = inputs
-            if (one.flat is None or one.vector, one.vector) != (other.flat is None or other.vector, other.vector):
+            if (one.flattened, one.vector) != (other.flattened, other.vector):
                 raise ConstructionError(
                     f"node '{node.name}' adds what a linear layer gives to images, flattened or not, whose channels "
                     "are no slots of the same layer"
                 )
             return replace(
-                place, node=builder.add_node(node.name, "add", (one.node, other.node)), target=node.name,
+                place, node=builder.add_node(node.name, "add", (one.node, other.node)),
                 behind=tuple(dict.fromkeys(one.behind + other.behind)), bound=one.bound + other.bound,
                 nonnegative=one.nonnegative and other.nonnegative,
             )  # fmt: skip
         if node.op in ("max_pool", "avg_pool"):
             attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in node.attributes.items()}
             name = builder.add_node(node.name, node.op, (place.node,), **attributes)
-            return replace(place, node=name, target=node.name)
+            return replace(place, node=name)
         raise ConstructionError(f"node '{node.name}': operation '{node.op}' is not supported")
 
     def _layer(self, node: Node, place: Place) -> Place:
@@ -202,7 +203,7 @@ class _Walk:
         stream = self.streams[self.layout.stream[name]]
         if name == self.kept:
             weight = place.entries(target)
-            taken = place.take(target, weight.ne(0).any(0), 1, 0)
+            taken = place.take(weight.ne(0).any(0), 1, 0)
             written = self.builder.add_head(name, place, target, weight, taken.slots[:, 0])
         else:
             step = Step(
@@ -213,4 +214,4 @@ class _Walk:
                 written, bound = two_for_one(self.builder, step, pair_activation(self.graph, name))
             else:
                 written = direct(self.builder, step)
-        return Place(written, stream, (name,), name, bound, vector=target.kind == "linear", **self._constant(node))
+        return Place(written, stream, (name,), bound, vector=target.kind == "linear", **self._constant(node))

@@ -39,15 +39,19 @@ class Place:
     node: str
     stream: Stream | None  # None: the image itself
     behind: tuple[str, ...]  # layers whose rows a slot needs to be alive here
-    target: str  # the target's node
     bound: float  # no element is larger in magnitude
     nonnegative: bool = False
     vector: bool = False  # one number per channel: the output of a linear layer
     flat: str | None = None  # images that the target has flattened, by this node; the ticket does where it must
     constant: Callable[[Tensor], Tensor] | None = None  # constant slots -> their values here
 
-    def take(self, layer: Layer, read: Tensor, copies: int, constants: int) -> Taken:
-        """Live slots of the channels that `layer` reads.
+    @property
+    def flattened(self) -> bool:
+        """Whether the target sees flattened images here; the ticket still has them whole."""
+        return self.flat is not None and not self.vector
+
+    def take(self, read: Tensor, copies: int, constants: int) -> Taken:
+        """Live slots of the channels that a layer reads.
 
         Args:
             read: (C_in, entries) bool: which of its entries, by the channel that they read.
@@ -67,7 +71,7 @@ class Place:
         weight = layer.weight
         if layer.kind == "conv" or self.stream is None or self.vector:
             return weight.flatten(2) if layer.kind == "conv" else weight[:, :, None]
-        channels = len(next(iter(self.stream.writers.values())).problems) - 1
+        channels = self.stream.width
         if weight.shape[1] % channels:
             raise ConstructionError(
                 f"a linear layer with {weight.shape[1]} inputs cannot read {channels} flattened channels"
@@ -141,8 +145,9 @@ class TicketBuilder:
 
     def flattened(self, place: Place) -> str:
         """The node that a linear layer behind `place` reads."""
-        if place.flat is None or place.vector:
+        if not place.flattened:
             return place.node
+        assert place.flat is not None
         if place.node not in self._flattened:
             taken = {node.name for node in self.nodes}
             name = place.flat if place.flat not in taken else f"{place.node}.flatten"
@@ -189,7 +194,6 @@ class TicketBuilder:
 
     def finish(self, **metadata) -> Ticket:
         """Set the widths, prune what nothing reads, back to front, and name the result."""
-        self._drop_unread_nodes()
         layers, masks, slots = [], {}, {}
         for draft in self._drafts:
             layer, labels, mask = _with_width(draft)
@@ -217,14 +221,6 @@ class TicketBuilder:
             epsilon=self.plan.epsilon, selection=self.plan.selection, layers=tuple(layers), graph=tuple(self.nodes),
             masks=masks, bias_masks=self.bias_masks, slots=slots, given=given, **metadata,
         )  # fmt: skip
-
-    def _drop_unread_nodes(self) -> None:
-        read, kept = {self.nodes[-1].name}, []
-        for node in reversed(self.nodes):
-            if node.name in read:
-                read.update(node.inputs)
-                kept.append(node)
-        self.nodes = kept[::-1]
 
     def _norm(self, name: str) -> dict[str, Tensor]:
         stream, norm, constant = self._norms[name]

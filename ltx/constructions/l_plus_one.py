@@ -27,7 +27,7 @@ def direct(builder: TicketBuilder, step: Step) -> str:
     name, target, place = step.name, step.target, step.place
     assert place.stream is not None
     weight = place.entries(target)
-    taken = place.take(target, above(weight, epsilon).any(0), m, m if step.biased else 0)
+    taken = place.take(above(weight, epsilon).any(0), m, m if step.biased else 0)
     columns, multipliers = taken.slots, torch.ones(taken.slots.shape, dtype=torch.float64)
     constant, tap = len(columns), constant_tap(target, name, weight.shape[2], needed=step.biased)
     if step.biased:
@@ -38,6 +38,6 @@ def direct(builder: TicketBuilder, step: Step) -> str:
         builder, name, target, weight.shape[2], sigma=layer_scale(target, builder.plan.scaling), role="direct"
     )
     return builder.add_writer(
-        layer, builder.flattened(place) if target.kind == "linear" else place.node, place.stream, step.stream,
+        layer, builder.flattened(place), place.stream, step.stream,
         [*problems, constant_row(step, constant, tap)], BaseSets(columns, multipliers),
     )  # fmt: skip

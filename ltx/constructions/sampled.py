@@ -62,9 +62,8 @@ def sampled(
         if name == first:
             law = pair_law(pair_activation(graph, name), nonnegative=input_range[0] >= 0)
             sets, constants = (2, 2) if law.opposite else (len(law.signs), 1)
-            channels = int(above(layer.weight, epsilon).flatten(2).any(2).any(0).sum()) if layer.kind == "conv" else (
-                int(above(layer.weight, epsilon).any(0).sum())
-            )  # fmt: skip
+            read = above(layer.weight, epsilon).any(0)  # (C_in, ...)
+            channels = int(read.view(len(read), -1).any(1).sum())
             biased = bool(above(layer.bias, epsilon).any())
             copies = base_set_size * (sets * channels + constants * biased)
         error, size = _distribution("product" if name == first else "uniform", base_set_size, epsilon, selection)

@@ -84,6 +84,7 @@ class Writer:
 class Stream:
     """The slots that several nodes share."""
 
+    width: int  # channels of the target here
     channels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # of each slot; or CONSTANT
     writers: dict[str, Writer] = field(default_factory=dict)  # layer -> writer, in order
 

@@ -149,7 +149,7 @@ def _copy_layer(
             f"layer {name}: reads the image and has biases, but is not the first layer, which alone can make constants"
         )
     read = above(weight, epsilon).any(0)
-    taken = place.take(target, read, 1, int(step.biased and not first))
+    taken = place.take(read, 1, int(step.biased and not first))
     image = target.kind == "conv" or (place.stream is not None and not place.vector)
     layer = SourceLayer(
         f"{name}.copies", builder.depth, "conv" if image else "linear", (0, 0, 1, 1) if image else (0, 0), 1,

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,31 +39,35 @@ DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
 class _Candidate:
     """What is evaluated."""
 
-    path: Path
     target: targets_at.Target
     about: dict  # entries of the result that describe it
-    network: Callable[[], nn.Module]
+    network: nn.Module
     deviations: Callable[[Tensor], list[Deviation]]
 
 
 def run(settings: Settings) -> Path:
     """Evaluate a ticket; the path of its result."""
     device = settings.torch_device
-    sampled = settings.construction.value == "sampled" and not settings.ticket
-    candidate = _sampled(settings) if sampled else None
-    path = candidate.path if candidate else find_ticket(settings)[0]
+    if settings.construction.value == "sampled" and not settings.ticket:
+        path, target = _find_sampled(settings)
+        candidate = partial(_sampled, path, target)
+    else:
+        path, ticket, explicit_target = find_ticket(settings)
+        candidate = partial(_explicit, path, ticket, explicit_target, settings, device)
     result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not settings.force and _valid(result_path, digest):
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path
+    return _evaluate(candidate(), settings, result_path, digest, device)
 
-    candidate = candidate or _explicit(settings, device)
+
+def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, digest: str, device: str) -> Path:
     target = candidate.target
     split, order = _test_split(settings, target.data, device)
-    network = candidate.network()
+    network = candidate.network.to(device)
     begin = time.perf_counter()
-    measured = compare(_target_outputs(target, split, settings, device), network.to(device), split)
+    measured = compare(_target_outputs(target, split, settings, device), network, split)
     seconds = time.perf_counter() - begin
     found = candidate.deviations(split.images[order[:DEVIATION_IMAGES]])
     result = {
@@ -88,8 +93,9 @@ def run(settings: Settings) -> Path:
     return result_path
 
 
-def _explicit(settings: Settings, device: str) -> _Candidate:
-    path, ticket, target = find_ticket(settings)
+def _explicit(
+    path: Path, ticket: Ticket, target: targets_at.Target | None, settings: Settings, device: str
+) -> _Candidate:
     if target is None:
         raise LtxError(
             f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is neither below "
@@ -118,17 +124,22 @@ def _explicit(settings: Settings, device: str) -> _Candidate:
         "max_parameter_error": verification.max_parameter_error,
         "construction_seconds": how.get("seconds"), "problems": how.get("problems"),
     }  # fmt: skip
+    network = ticket.to_module(device=device)
     return _Candidate(
-        path, target, about, lambda: ticket.to_module(device=device),
-        lambda images: ticket_deviations(ticket, graph, images),
+        target, about, network, lambda images: ticket_deviations(ticket, graph, images, network=network)
     )  # fmt: skip
 
 
-def _sampled(settings: Settings) -> _Candidate:
+def _find_sampled(settings: Settings) -> tuple[Path, targets_at.Target]:
+    """The sampled errors that the settings name, and their target."""
     target = targets_at.load(settings)
     path = paths.ticket_file(settings, target.digest)
     if not path.is_file():
         raise LtxError(f"no sampled errors at {path}; draw them with ltx construct and the same settings")
+    return path, target
+
+
+def _sampled(path: Path, target: targets_at.Target) -> _Candidate:
     checkpoint = targets.read_checkpoint(path)
     spec, said = data.dataset_spec(target.data), checkpoint.metadata
     if said.get("target_sha256") != target.digest:
@@ -143,8 +154,8 @@ def _sampled(settings: Settings) -> _Candidate:
         "source_parameters": None, "max_parameter_error": None, "construction_seconds": None, "problems": None,
     }  # fmt: skip
     return _Candidate(
-        path, target, about, lambda: model, lambda images: sampled_deviations(trace(model), target.graph, images)
-    )
+        target, about, model, lambda images: sampled_deviations(trace(model), target.graph, images)
+    )  # fmt: skip
 
 
 def _test_split(settings: Settings, name: str, device: str) -> tuple[data.Split, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +26,14 @@ log = logging.getLogger(__name__)
 def run(settings: Settings) -> Path:
     """Write the tables and print them; the folder that holds them."""
     deep = settings.target.network == "resnet22"
-    results = collect(settings, sampled=deep)
-    failed = collect_failures(settings)
+    digests = _targets(settings)
+    results = pd.DataFrame(
+        [r for r in _entries(_result_files(settings), settings, digests) if deep or r["kind"] == "explicit"]
+    )
+    failed = _entries(_tickets(settings).glob("*/*/failure.json"), settings, digests)
     if results.empty:
         raise LtxError(
-            f"no results below {Path(settings.output_dir) / 'tickets'} for target={settings.target.name} "
+            f"no results below {_tickets(settings)} for target={settings.target.name} "
             f"m={settings.m} epsilon={settings.epsilon:g} selection={settings.selection.value} "
             f"head={settings.head.value} scaling={settings.scaling.value} batch_norm={settings.batch_norm.value} "
             f"protocol={settings.protocol.name} limit={settings.limit or 'null'}; make them with ltx construct and ltx "
@@ -55,7 +58,7 @@ def run(settings: Settings) -> Path:
     plain = results.drop(columns=["settings", "target"])
     write_text(folder / f"results{network}{suffix}.csv", plain.to_csv(index=False))
     if deep:
-        _deviation_figure(settings, figure)
+        _deviation_figure(settings, digests, figure)
     return folder
 
 
@@ -63,17 +66,12 @@ def _name(settings: Settings) -> str:
     return Path(settings.target.checkpoint).stem if settings.target.checkpoint else settings.target.name
 
 
-def _deviation_figure(settings: Settings, path: Path) -> None:
+def _deviation_figure(settings: Settings, digests: set[str], path: Path) -> None:
     """How deviation grows through the network, for every m and epsilon that there is; figure and CSV."""
-    rows, digests = [], _targets(settings)
-    for folder in sorted((Path(settings.output_dir) / "tickets").glob("*/*")):
-        account = next((_read(file) for file in sorted(folder.glob("deviation*.json"))), None)
-        if account is None or account["target_sha256"] not in digests:
-            continue
-        if account["selection"] != settings.selection.value:
-            continue
-        if account["kind"] == "explicit" and any(account[key] != value for key, value in _how(settings).items()):
-            continue
+    rows = []
+    firsts = (next(iter(sorted(folder.glob("deviation*.json"))), None) for folder in _tickets(settings).glob("*/*"))
+    files = [file for file in firsts if file is not None]  # of a ticket that was evaluated with several limits, one
+    for account in _entries(files, settings, digests, any_sums=True):
         layers = account.pop("layers")
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
@@ -83,50 +81,33 @@ def _deviation_figure(settings: Settings, path: Path) -> None:
         figures.save(deviation.figure(table), path)
 
 
-def collect(settings: Settings, *, sampled: bool) -> pd.DataFrame:
-    """One row per result with these settings, of any activation, construction and seed.
-
-    Only the tickets of the targets that the settings mean are taken: those of another training protocol, say,
-    stay out.
+def _entries(
+    files: Iterable[Path], settings: Settings, digests: set[str], *, any_sums: bool = False
+) -> list[dict]:  # fmt: skip
+    """What the files hold of tickets, explicit and sampled, with these settings and of these targets.
 
     Args:
-        sampled: whether to take results of the sampled protocol too.
+        digests: SHA-256 of the targets that the settings mean, so that those of another training protocol stay out.
+        any_sums: whatever m and epsilon.
     """
-    wanted = {
-        "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
-    }  # fmt: skip
-    digests = _targets(settings)
-    rows = []
-    for path in _result_files(settings):
-        result = _read(path)
-        if result is None or result["target_sha256"] not in digests:
-            continue
-        explicit = result.get("kind") == "explicit"
-        needs = {**wanted, **_how(settings)} if explicit else wanted
-        if (explicit or sampled) and all(result.get(key) == value for key, value in needs.items()):
-            rows.append(result)
-    return pd.DataFrame(rows)
-
-
-def collect_failures(settings: Settings) -> list[dict]:
-    """What `ltx construct` left of tickets with these settings that could not be constructed."""
-    wanted = {
-        "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
-        **_how(settings),
-    }  # fmt: skip
-    digests = _targets(settings)
-    found = [_read(path) for path in sorted((Path(settings.output_dir) / "tickets").glob("*/*/failure.json"))]
-    return [
-        failure for failure in found
-        if failure is not None and failure["target_sha256"] in digests
-        and all(failure[key] == value for key, value in wanted.items())
-    ]  # fmt: skip
-
-
-def _how(settings: Settings) -> dict:
-    return {
+    sums = {} if any_sums else {"base_set_size": settings.m, "epsilon": settings.epsilon}
+    wanted = {"selection": settings.selection.value, **sums}
+    built = {
         "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
     }  # fmt: skip
+    found = []
+    for path in sorted(files):
+        entry = _read(path)
+        if entry is None or entry.get("target_sha256") not in digests:
+            continue
+        needs = {**wanted, **built} if entry.get("kind") == "explicit" else wanted
+        if all(entry.get(key) == value for key, value in needs.items()):
+            found.append(entry)
+    return found
+
+
+def _tickets(settings: Settings) -> Path:
+    return Path(settings.output_dir) / "tickets"
 
 
 def _targets(settings: Settings) -> set[str]:
@@ -143,7 +124,7 @@ def _targets(settings: Settings) -> set[str]:
 
 def _result_files(settings: Settings) -> Iterator[Path]:
     """The result of each ticket on all images, else that on `limit` of them."""
-    for folder in sorted((Path(settings.output_dir) / "tickets").glob("*/*")):
+    for folder in _tickets(settings).glob("*/*"):
         for name in ("result.json", f"result-limit{settings.limit}.json"):
             if (folder / name).is_file():
                 yield folder / name

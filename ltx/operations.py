@@ -1,0 +1,45 @@
+"""What the operations of a graph compute, a target's and a ticket's alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, addcmul, nn
+
+Sizes = int | tuple[int, ...]
+
+
+def affine(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1
+) -> Tensor:
+    """A linear layer (C_out, C_in) on vectors, a convolution (C_out, C_in, kh, kw) on images."""
+    if weight.ndim == 2:
+        return nn.functional.linear(x, weight, bias)
+    return nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Batch norm in eval mode: x (N, C, ...), scale and shift (C,)."""
+    shape = (-1, *[1] * (x.ndim - 2))
+    return addcmul(shift.view(shape), x, scale.view(shape))
+
+
+def _max_pool(inputs: list[Tensor], attributes: dict) -> Tensor:
+    return nn.functional.max_pool2d(
+        inputs[0], attributes["kernel_size"], attributes["stride"], attributes["padding"]
+    )  # fmt: skip
+
+
+def _avg_pool(inputs: list[Tensor], attributes: dict) -> Tensor:
+    if attributes["kernel_size"] is None:
+        return inputs[0].mean((2, 3), keepdim=True)
+    return nn.functional.avg_pool2d(inputs[0], attributes["kernel_size"], attributes["stride"])
+
+
+# op -> (inputs, the node's attributes) -> value, of the operations without parameters
+OPERATIONS: dict[str, Callable[[list[Tensor], dict], Tensor]] = {
+    "add": lambda inputs, _: inputs[0] + inputs[1],
+    "flatten": lambda inputs, _: inputs[0].flatten(1),
+    "max_pool": _max_pool,
+    "avg_pool": _avg_pool,
+}
