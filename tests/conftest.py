@@ -13,6 +13,7 @@ from ltx import cli
 from ltx.activations import ACTIVATIONS
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
+SMOKE = ("target=digits", "protocol=smoke", "device=cpu")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,6 +44,14 @@ def images(count: int = 16, size: int = 6, *, seed: int = 0, low: float = -1.0) 
     """Uniform images in [low, 1), (count, 1, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, 1, size, size, generator=generator) * (1 - low) + low
+
+
+def deviation(model: nn.Module, ticket, x: torch.Tensor) -> torch.Tensor:
+    """|f_t - f_eps| over images and outputs, in float64, so that rounding plays no part; the model is float32 again."""
+    with torch.no_grad():
+        found = (model.double()(x.double()) - ticket.to_module().double()(x.double())).abs()
+    model.float()
+    return found
 
 
 @pytest.fixture
@@ -92,3 +101,16 @@ def author_target() -> Path:
     path = Path(os.environ.get("LTX_AUTHOR_TARGET", beside))
     _required(path, "the author's ResNet-22 (RelationalML/LT-existence)")
     return path
+
+
+def last_line(out):
+    return Path(out.splitlines()[-1])
+
+
+def one_line(err):
+    """The one line of an error; everything else on stderr would be noise to a user."""
+    assert "Traceback" not in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("ltx: ")
+    return lines[0]

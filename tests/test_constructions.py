@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import images, randomise, small_cnn
+from conftest import deviation, images, randomise, small_cnn
 from torch import nn
 
 import ltx
@@ -21,12 +21,6 @@ ACTIVATION_NAMES = ["relu", "leaky_relu", "tanh", "sigmoid"]
 everywhere = pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 heads = pytest.mark.parametrize("head", ["keep", "construct"])
-
-
-def deviation(model, ticket, x):
-    """|f_t - f_eps| over images and outputs, in float64, so that rounding plays no part."""
-    with torch.no_grad():
-        return (model.double()(x.double()) - ticket.to_module().double()(x.double())).abs()
 
 
 def single_layer(activation, *, seed=0, padding=1, stride=1, dilation=1, kernel=3, channels=2, density=0.3):

@@ -1,0 +1,202 @@
+"""Graphs that are no chains: skips of many kinds, several readers, odd places of activations and flattening."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import deviation, images
+from torch import nn
+
+from ltx import LtxError, construct, verify
+from ltx.deviation import ticket_deviations
+from ltx.graph import trace
+from ltx.ticket import CONSTANT, DEAD
+
+both = pytest.mark.parametrize("construction", ["2L", "L+1"])
+
+
+def test_a_plain_block_with_biases_and_without_batch_norm():
+    """An identity skip carries a constant on: only the first row of its stream sums to 1."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(i, 3, 3, padding=1) for i in (1, 3, 3))
+            self.phi, self.head = nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)
+
+        def forward(self, x):
+            x = self.phi(self.a(x))
+            return self.head(self.phi(x + self.c(self.phi(self.b(x)))))
+
+    torch.manual_seed(0)
+    model = Plain().eval()
+    for construction in ("L+1", "2L"):
+        ticket = construct(model, construction=construction, base_set_size=18, epsilon=0.002, head="construct")
+        assert verify(ticket, trace(model)).ok
+        found = deviation(model, ticket, images(size=8))
+        assert found.max() < 0.3
+        constant = ticket.slots["c"] == CONSTANT
+        assert constant.any()
+        assert not torch.isin(ticket.kept("c")[0], constant.nonzero().flatten()).any()
+
+
+def conv(inside, outside, kernel=3, **arguments):
+    return nn.Conv2d(inside, outside, kernel, padding=kernel // 2, **arguments)
+
+
+class Net(nn.Module):
+    """A network whose forward is given."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def random_net(run, *, seed=0, **modules):
+    torch.manual_seed(seed)
+    model = Net(run, **modules).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.uniform_(0.5, 1.5)
+                module.running_mean.uniform_(-0.3, 0.3)
+    return model
+
+
+relu = torch.relu
+ODD = {
+    "x + x": random_net(lambda s, x: (lambda y: s.c(relu(y + y)))(s.a(x)), a=conv(1, 2), c=conv(2, 2)),
+    "two readers and two projections": random_net(
+        lambda s, x: (lambda y: s.d(relu(s.c(relu(s.b(y))) + s.p(y)) + s.q(y)))(relu(s.a(x))),
+        a=conv(1, 2), b=conv(2, 2), c=conv(2, 3), d=conv(3, 2), p=conv(2, 3, 1), q=conv(2, 3, 1),
+    ),
+    "a skip over two blocks": random_net(
+        lambda s, x: (lambda y: s.d(relu(s.c(relu(relu(s.b(y)) + y)) + y)))(relu(s.a(x))),
+        a=conv(1, 2), b=conv(2, 2), c=conv(2, 2), d=conv(2, 2),
+    ),
+    "a residual block of vectors": random_net(
+        lambda s, x: (lambda y: s.d(relu(y + s.c(relu(s.b(y))))))(relu(s.a(x.flatten(1)))),
+        a=nn.Linear(64, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4), d=nn.Linear(4, 2),
+    ),
+    "flattened images added": random_net(
+        lambda s, x: s.d(relu(s.a(x)).flatten(1) + relu(s.b(x)).flatten(1)),
+        a=conv(1, 2), b=conv(1, 2, bias=False), d=nn.Linear(128, 2),
+    ),
+    "pre-activation": random_net(
+        lambda s, x: (lambda y: s.d(relu(s.c(relu(s.n(y))) + y)))(s.a(x)),
+        a=conv(1, 2), n=nn.BatchNorm2d(2), c=conv(2, 2), d=conv(2, 2),
+    ),
+    "no activation between layers": random_net(
+        lambda s, x: s.d(torch.tanh(s.c(s.a(x)))), a=conv(1, 2), c=conv(2, 2), d=conv(2, 2)
+    ),
+    "the output is a sum": random_net(
+        lambda s, x: (lambda y: s.c(relu(s.b(y))) + y)(relu(s.a(x))), a=conv(1, 2), b=conv(2, 2), c=conv(2, 2)
+    ),
+    "what nothing reads": random_net(
+        lambda s, x: (s.b(x), s.d(relu(s.a(x))))[1], a=conv(1, 2), b=conv(1, 2), d=conv(2, 2)
+    ),
+    "flattened before its activation": random_net(
+        lambda s, x: s.d(relu(s.a(x).flatten(1))), a=conv(1, 2), d=nn.Linear(128, 2)
+    ),
+    "constants below 0": random_net(
+        lambda s, x: s.d(relu(s.c(nn.functional.leaky_relu(s.n(s.a(x)), 0.3)))),
+        a=conv(1, 2, bias=False), n=nn.BatchNorm2d(2), c=conv(2, 2), d=conv(2, 2, bias=False),
+    ),
+    "constants near 0": random_net(
+        lambda s, x: s.d(relu(s.c(relu(s.n(s.a(x)))))),
+        a=conv(1, 2, bias=False), n=nn.BatchNorm2d(2), c=conv(2, 2), d=conv(2, 2),
+    ),
+}  # fmt: skip
+with torch.no_grad():
+    ODD["constants below 0"].n.bias.fill_(-3)
+    ODD["constants near 0"].n.running_mean.zero_()
+    ODD["constants near 0"].n.bias.fill_(0.12)
+
+
+@both
+@pytest.mark.parametrize("name", list(ODD))
+def test_odd_graphs(construction, name):
+    model, x, found = ODD[name], images(8, 8), []
+    for epsilon, m in ((0.03, 16), (0.001, 24)):
+        ticket = construct(
+            model, construction=construction, base_set_size=m, epsilon=epsilon, head="construct", scaling="layer_max"
+        )
+        assert verify(ticket, trace(model)).violations == ()
+        found.append(float(deviation(model, ticket, x).square().mean().sqrt()))
+        with torch.no_grad():
+            scale = float(model(x).std())
+        account = ticket_deviations(ticket, trace(model), x)
+        assert all(layer.deviation >= 0 for layer in account)
+    assert found[1] < found[0] / 3
+    assert found[1] < 0.02 * max(scale, 1)
+
+
+def test_what_overwrites_its_input_is_refused_where_that_is_read_again():
+    def block(s, x):
+        y = s.a(x)
+        return s.d(y + s.b(s.r(y)))
+
+    wrong = random_net(block, a=conv(1, 2), b=conv(2, 2), d=conv(2, 2), r=nn.ReLU(inplace=True))
+    with pytest.raises(LtxError, match=r"module 'r' .in place.: changes 'a', which is read again"):
+        trace(wrong)
+    trace(random_net(block, a=conv(1, 2), b=conv(2, 2), d=conv(2, 2), r=nn.ReLU()))
+    trace(nn.Sequential(conv(1, 2), nn.ReLU(inplace=True), conv(2, 2)).eval())  # nothing reads it again
+
+
+def test_graphs_whose_channels_do_not_fit_are_refused():
+    wide = random_net(lambda s, x: relu(s.a(x) + s.b(x)), a=conv(1, 1), b=conv(1, 2))
+    with pytest.raises(LtxError, match="different widths"):
+        construct(wide, head="construct")
+    flat = nn.Sequential(conv(1, 2), nn.Flatten(), nn.BatchNorm1d(128), nn.Linear(128, 2)).eval()
+    with pytest.raises(LtxError, match=r"batch norm '2' normalises flattened images"):
+        construct(flat, head="construct")
+
+
+def test_swapped_batch_norms_and_skips_from_copies_are_found():
+    def two(first, second):
+        return random_net(
+            lambda s, x: s.d(relu(getattr(s, second)(s.b(relu(getattr(s, first)(s.a(x))))))),
+            a=conv(1, 2), m=nn.BatchNorm2d(2), b=conv(2, 2), n=nn.BatchNorm2d(2), d=conv(2, 2),
+        )  # fmt: skip
+
+    ours, theirs = trace(two("m", "n")), trace(two("n", "m"))
+    ticket = construct(ours, base_set_size=18, epsilon=0.01, head="construct")
+    assert verify(ticket, ours).ok
+    assert not verify(replace(ticket, target_sha256=theirs.digest()), theirs).ok
+
+    model = ODD["the output is a sum"]
+    honest = construct(model, construction="2L", base_set_size=18, epsilon=0.01, head="construct")
+    width = honest.layer("b.copies").shape[0]
+    layers, _masks, slots = [], dict(honest.masks), dict(honest.slots)
+    for layer in honest.layers:
+        if layer.name in ("a", "c"):  # dead rows, until the widths fit
+            more = torch.full((width - layer.shape[0],), DEAD)
+            slots[layer.name] = torch.cat([slots[layer.name], more])
+            layer = replace(layer, shape=(width, *layer.shape[1:]))
+        layers.append(layer)
+    graph = tuple(
+        replace(n, inputs=(n.inputs[0], "b.copies.phi")) if n.op == "add" else n for n in honest.graph
+    )  # fmt: skip
+    assert not verify(replace(honest, layers=tuple(layers), slots=slots, graph=graph), trace(model)).ok
+
+
+def test_a_sigma_that_is_too_large_is_found_behind_layers_without_activation():
+    model = ODD["no activation between layers"]
+    honest = construct(model, construction="2L", base_set_size=18, epsilon=0.01, head="construct")
+    assert verify(honest, trace(model)).ok
+    factor = {"c.copies": 4096.0, "c": 1 / 4096}
+    layers = tuple(replace(n, sigma=n.sigma * factor.get(n.name, 1.0)) for n in honest.layers)
+    assert not verify(replace(honest, layers=layers), trace(model)).ok
+
+
+def test_only_paths_with_an_activation_make_a_projection():
+    linear = trace(random_net(lambda s, x: (lambda y: relu(s.b(y) + s.c(y)))(relu(s.a(x))),
+                              a=conv(1, 2), b=conv(2, 2), c=conv(2, 2)))  # fmt: skip
+    assert not any(linear.is_projection(name) for name in linear.layers)
+    short = trace(random_net(lambda s, x: (lambda y: relu(y + s.c(y)))(relu(s.a(x))), a=conv(1, 2), c=conv(2, 2)))
+    assert not any(short.is_projection(name) for name in short.layers)
