@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from ltx import subset_sum
     from ltx.constructions import construct
     from ltx.errors import LtxError
+    from ltx.feedback import Feedback
     from ltx.ticket import Ticket
     from ltx.verification import verify
 
-__all__ = ["LtxError", "Ticket", "construct", "subset_sum", "verify"]
+__all__ = ["Feedback", "LtxError", "Ticket", "construct", "subset_sum", "verify"]
 
 _WHERE = {
-    "construct": "ltx.constructions", "LtxError": "ltx.errors", "Ticket": "ltx.ticket",
+    "construct": "ltx.constructions", "Feedback": "ltx.feedback", "LtxError": "ltx.errors", "Ticket": "ltx.ticket",
     "verify": "ltx.verification",
 }  # fmt: skip
 

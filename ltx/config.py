@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ltx.errors import LtxError
+from ltx.feedback import Feedback
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 
 # Hydra matches enums by name, and these names are no identifiers
 Construction = Enum("Construction", {"2L": "2L", "L+1": "L+1", "sampled": "sampled"})
-Selection = Enum("Selection", {"smallest": "smallest", "best": "best"})
+Selection = Enum("Selection", {"smallest": "smallest", "best": "best", "feedback": "feedback"})
 Law = Enum("Law", {"uniform": "uniform", "product": "product", "normal": "normal"})
 Head = Enum("Head", {"keep": "keep", "construct": "construct"})
 Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
@@ -70,6 +71,20 @@ class ProtocolSettings:
 
 
 @dataclass
+class FeedbackSettings(Feedback):
+    images: int = 128  # for calibration, of the training split
+
+    def check(self) -> None:
+        super().check()
+        _require(self.images >= 1, f"feedback.images={self.images}: must be at least 1")
+
+    @property
+    def plain(self) -> Feedback:
+        """Without the images, which the library takes as such."""
+        return Feedback(**{f.name: getattr(self, f.name) for f in fields(Feedback)})
+
+
+@dataclass
 class Settings:
     """All settings of a command, after its overrides."""
 
@@ -81,6 +96,7 @@ class Settings:
     m: int = 15
     epsilon: float = 0.01
     selection: Selection = Selection.smallest  # type: ignore[attr-defined]
+    feedback: FeedbackSettings = field(default_factory=FeedbackSettings)
     head: Head = Head.keep  # type: ignore[attr-defined]
     scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
     batch_norm: BatchNorm = BatchNorm.keep  # type: ignore[attr-defined]
@@ -122,6 +138,10 @@ class Settings:
                 self.construction.value != "sampled" or given == kind,
                 f"{name}={given} has no meaning with construction=sampled: no ticket is built; leave it out",
             )
+        _require(
+            self.selection.value != "feedback" or self.construction.value != "sampled",
+            "selection=feedback has no meaning with construction=sampled: no ticket is built; use L+1 or 2L",
+        )
         _require(self.limit is None or self.limit >= 1, f"limit={self.limit}: must be at least 1")
 
     @property
@@ -159,7 +179,7 @@ def settings_from(config: DictConfig) -> Settings:
         raise LtxError(f"settings without a value: {', '.join(sorted(missing))}; give them as KEY=VALUE")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Settings)
-    for part in (settings, settings.target, settings.protocol):
+    for part in (settings, settings.target, settings.protocol, settings.feedback):
         part.check()
     return settings
 

@@ -31,9 +31,14 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
     if s.construction.value == "sampled":
         name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-seed{s.seed}"
         return Path(s.output_dir) / "tickets" / target / name / "sampled.safetensors"
+    selection = s.selection.value
+    if selection == "feedback":
+        f = s.feedback
+        selection += f"-n{f.samples}-i{f.images}-k{f.max_subset}-s{f.sweeps}-p{f.penalty!r}"
+        selection += ("" if f.bound is None else f"-b{f.bound!r}") + ("" if f.order == "random" else f"-{f.order}")
     fold = "-fold" if s.batch_norm.value == "fold" else ""
     name = (
-        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-{s.head.value}-{s.scaling.value}{fold}"
+        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{selection}-{s.head.value}-{s.scaling.value}{fold}"
         f"-seed{s.seed}"
     )
     return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,9 @@ class Ticket:
     slots: per source layer and output channel the target channel that it stands for, DEAD or CONSTANT.
     given: tensors that are not random (batch norm, a kept head), named `NODE.weight`, `NODE.bias`.
     input_low, input_high: the range of input elements that it was made for.
+    feedback, errors: of `selection=feedback`, else empty: JSON of its settings and of the calibration images, and per
+        source layer the root mean square error of each row on them, behind batch norm and the sum of a residual block,
+        float32; NaN where it is not claimed.
     """
 
     seed: int
@@ -66,6 +70,16 @@ class Ticket:
     bias_masks: Mapping[str, Tensor]
     slots: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor] = field(default_factory=dict)
+    feedback: str = ""
+
+    @property
+    def within(self) -> float:
+        """How far a sum may be from a target's parameter: epsilon, or with feedback its bound, infinite for none."""
+        if not self.feedback:
+            return self.epsilon
+        bound = json.loads(self.feedback)["bound"]
+        return math.inf if bound is None else float(bound)
 
     @property
     def parameters(self) -> int:
@@ -142,7 +156,9 @@ class Ticket:
         tensors |= {f"{name}.bias_mask": mask for name, mask in self.bias_masks.items()}
         tensors |= {f"{name}.slots": slots for name, slots in self.slots.items()}
         tensors |= {f"given.{name}": tensor for name, tensor in self.given.items()}
+        tensors |= {f"{name}.error": tensor for name, tensor in self.errors.items()}
         metadata = {name: str(getattr(self, name)) for name in _SCALARS}
+        metadata |= {"feedback": self.feedback} if self.feedback else {}
         metadata["format"] = FORMAT
         metadata["layers"] = json.dumps([asdict(layer) for layer in self.layers])
         metadata["graph"] = json.dumps(
@@ -199,8 +215,10 @@ class Ticket:
         given = {n.removeprefix("given."): t for n, t in tensors.items() if n.startswith("given.")}
         ticket = cls(
             **scalars, layers=layers, graph=graph, masks=part("mask"), bias_masks=part("bias_mask"),
-            slots=part("slots"), given=given,
+            slots=part("slots"), given=given, errors=part("error"), feedback=metadata.get("feedback", ""),
         )  # fmt: skip
+        if not ticket.within > 0:
+            raise ValueError(f"feedback {ticket.feedback}")
         for layer in layers:
             if layer.name not in ticket.masks or layer.name not in ticket.slots:
                 raise KeyError(f"no '{layer.name}.mask' or '{layer.name}.slots'")

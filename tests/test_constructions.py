@@ -286,6 +286,6 @@ def test_padding_that_every_tap_sees_is_refused():
 
 
 def test_public_names():
-    assert ltx.__all__ == ["LtxError", "Ticket", "construct", "subset_sum", "verify"]
+    assert ltx.__all__ == ["Feedback", "LtxError", "Ticket", "construct", "subset_sum", "verify"]
     assert all(hasattr(ltx, name) for name in ltx.__all__)
     assert isinstance(small_cnn("relu")[5], MaskedLinear)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
+from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
 from ltx.constructions.layout import constant_value, layout
 from ltx.constructions.streams import Stream
 from ltx.constructions.two_for_one import pair_activation, two_for_one
 from ltx.errors import ConstructionError
+from ltx.feedback import Feedback
 from ltx.graph import Graph, Node, fold_batch_norm, trace
 from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
 CONSTRUCTIONS = ("2L", "L+1")
+_READERS = ("layer", "output")  # operations that ask for slots
+SELECTIONS = ("smallest", "best", "feedback")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ def construct(
     scaling: str = "unit",
     batch_norm: str = "keep",
     input_range: tuple[float, float] = (-1.0, 1.0),
+    calibration: Tensor | None = None,
+    feedback: Feedback | None = None,
     device: str = "cpu",
     on_statistics: Callable[[Statistics], None] = lambda _: None,
 ) -> Ticket:
@@ -54,7 +60,8 @@ def construct(
         base_set_size: m, the number of random parameters to choose from for each target parameter.
         epsilon: allowed error of one parameter; parameters of at most epsilon in magnitude are dropped.
         seed: of the source network, 0 <= seed < 2**64.
-        selection: `smallest` or `best`, see `ltx.subset_sum.solve`.
+        selection: `smallest` or `best`, see `ltx.subset_sum.solve`, or `feedback`: what a row computes on the
+            calibration images decides. Its parameters need not be within epsilon of the target's.
         head: `keep` takes the classifier from the target, uncounted (the paper's, for MNIST); `construct`
             approximates it like any other layer.
         scaling: `unit` draws from [-1, 1] (the paper's); `layer_max` from [-s, s] where a target layer has
@@ -63,8 +70,10 @@ def construct(
             folds it into weights and biases first.
         input_range: the least and largest value of an input element; decides whether negative inputs need base
             sets of their own, and how far tanh or sigmoid have to be scaled down to be linear on the inputs.
+        calibration: images (n, C, H, W) of the kind that the target was trained on, without labels, for `feedback`.
+        feedback: its settings.
         device: where the source is computed and the problems are solved, `cpu` or `cuda`. The ticket is the
-            same on either.
+            same on either; with `feedback` up to ties that rounding decides.
 
     Raises:
         ConstructionError: an unsupported module, a parameter out of reach, or settings that have no meaning.
@@ -84,9 +93,17 @@ def construct(
         raise ConstructionError(f"epsilon {epsilon} must be a positive number")
     if not (0 <= seed < 2**64):
         raise ConstructionError(f"seed {seed} must lie between 0 and 2**64 - 1")
+    if selection not in SELECTIONS:
+        raise ConstructionError(f"selection '{selection}' is not known; there are {', '.join(SELECTIONS)}")
+    if (selection == "feedback") != (calibration is not None) or (feedback is not None and selection != "feedback"):
+        raise ConstructionError(f"selection '{selection}': feedback, and it alone, needs calibration images")
     graph = model if isinstance(model, Graph) else trace(model)
-    builder = TicketBuilder(Plan(base_set_size, epsilon, seed, selection, scaling, device))
     walked = fold_batch_norm(graph) if batch_norm == "fold" else graph
+    compared, within = None, epsilon
+    if calibration is not None:
+        compared = Calibration(walked, calibration, feedback or Feedback(), seed=seed, device=device)
+        within = math.inf if compared.settings.bound is None else compared.settings.bound
+    builder = TicketBuilder(Plan(base_set_size, epsilon, seed, selection, scaling, device, within), compared)
     _Walk(walked, builder, construction, head).run(input_range)
     on_statistics(Statistics(builder.problems, builder.failures))
     names = dict.fromkeys(n.activation.name for n in graph.nodes if n.activation is not None)
@@ -112,6 +129,8 @@ class _Walk:
             name: Stream(len(graph.layers[layers[0]].weight)) for name, layers in self.layout.writers.items() if layers
         }
 
+        self._open = list(self.streams)  # of which rows may be asked for yet
+
     def run(self, input_range: tuple[float, float]) -> None:
         lo, hi = input_range
         if not lo < hi:
@@ -119,15 +138,38 @@ class _Walk:
         places: dict[str, Place] = {}
         for node in self.graph.nodes:
             inputs = [places[name] for name in node.inputs]
+            if self.builder.calibration:
+                self.builder.calibration.advance(node)
             if node.op == "input":
                 name = self.builder.add_node("input", "input", ())
-                places[node.name] = Place(name, None, (), max(abs(lo), abs(hi)), lo >= 0)
+                places[node.name] = Place(name, node.name, None, (), max(abs(lo), abs(hi)), lo >= 0)
             elif node.op == "layer":
-                places[node.name] = self._layer(node, inputs[0])
+                beside = {target: place.node for target, place in places.items()}
+                places[node.name] = self._layer(node, inputs[0], beside)
             elif node.op == "output":
                 self._output(inputs[0])
             else:
-                places[node.name] = replace(self._elementwise(node, inputs), **self._constant(node))
+                place = self._elementwise(node, inputs)
+                places[node.name] = replace(place, target=node.name, **self._constant(node))
+            if self.builder.calibration:
+                self._release(node)
+
+    def _release(self, node: Node) -> None:
+        """Free what only rows of streams need that nobody asks for behind `node`."""
+        calibration, stream = self.builder.calibration, self.layout.stream
+        assert calibration is not None
+        position = self.graph.nodes.index(node)
+        later = {stream[name] for n in self.graph.nodes[position + 1 :] if n.op in _READERS for name in n.inputs}
+        later |= {stream[n.name] for n in self.graph.nodes[position + 1 :] if n.op not in _READERS}
+        for name in [name for name in self._open if name not in later and self.streams[name].writers]:
+            self._open.remove(name)
+            for writer in self.streams[name].writers.values():
+                writer.release()
+        # rows of an open stream that are still to come read those of others
+        read = {stream[self.graph[layer].inputs[0]] for name in self._open for layer in self.streams[name].writers}
+        for name, layers in self.layout.writers.items():
+            if name not in self._open and name not in read:
+                calibration.release(layers)
 
     def _output(self, place: Place) -> None:
         rows: list[int] = []
@@ -194,7 +236,7 @@ class _Walk:
             return replace(place, node=name)
         raise ConstructionError(f"node '{node.name}': operation '{node.op}' is not supported")
 
-    def _layer(self, node: Node, place: Place) -> Place:
+    def _layer(self, node: Node, place: Place, beside: Mapping[str, str]) -> Place:
         target = node.layer
         assert target is not None
         if target.kind == "linear" and place.stream is not None and not (place.vector or place.flat):
@@ -208,10 +250,10 @@ class _Walk:
         else:
             step = Step(
                 name, target, place, stream, first=not stream.writers, biased=name in self.layout.needs,
-                constants=self.layout.constants.get(self.layout.stream[name]),
+                constants=self.layout.constants.get(self.layout.stream[name]), beside=beside,
             )  # fmt: skip
             if self.construction == "2L" or place.stream is None:
                 written, bound = two_for_one(self.builder, step, pair_activation(self.graph, name))
             else:
                 written = direct(self.builder, step)
-        return Place(written, stream, (name,), bound, vector=target.kind == "linear", **self._constant(node))
+        return Place(written, name, stream, (name,), bound, vector=target.kind == "linear", **self._constant(node))

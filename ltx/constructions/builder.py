@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ltx import source
 from ltx.activations import Activation
+from ltx.constructions.calibration import Calibration
+from ltx.constructions.feedback import FeedbackSolver, Read
 from ltx.constructions.layout import Constants
-from ltx.constructions.rows import BaseSets, Problems
+from ltx.constructions.rows import BaseSets, Problems, RowSolver
 from ltx.constructions.streams import Stream, Writer
 from ltx.errors import ConstructionError
 from ltx.graph import BatchNorm, Layer, above
@@ -30,6 +36,7 @@ class Plan:
     selection: str = "smallest"
     scaling: str = "unit"
     device: str = "cpu"
+    within: float = math.nan  # of its target value a subset has to be; infinite with feedback and no bound
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Place:
     """A node of the ticket's network as those behind it see it."""
 
     node: str
+    target: str  # the target's node
     stream: Stream | None  # None: the image itself
     behind: tuple[str, ...]  # layers whose rows a slot needs to be alive here
     bound: float  # no element is larger in magnitude
@@ -99,6 +107,7 @@ class Step:
     first: bool  # whether it is the first to write there
     biased: bool  # whether it reads constants
     constants: Constants | None  # how the constant slots of its stream are made
+    beside: Mapping[str, str]  # nodes of the target that the ticket has already -> the ticket's
 
 
 @dataclass
@@ -114,8 +123,8 @@ class _Draft:
 class TicketBuilder:
     """Collects source layers with their masks, and the nodes of the ticket's network."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, plan: Plan, calibration: Calibration | None = None):
+        self.plan, self.calibration = plan, calibration
         self.nodes: list[TicketNode] = []
         self.bias_masks: dict[str, Tensor] = {}
         self._drafts: list[_Draft] = []
@@ -127,6 +136,8 @@ class TicketBuilder:
         if any(node.name == name for node in self.nodes):
             raise ConstructionError(f"two nodes are called '{name}'; rename a module of the network")
         self.nodes.append(TicketNode(name, op, inputs, attributes))
+        if self.calibration:
+            self.calibration.add_node(self.nodes[-1])
         return name
 
     def add_activation(self, name: str, node: str, phi: Activation) -> str:
@@ -136,6 +147,8 @@ class TicketBuilder:
         """A given batch norm; every slot has that of its channel, constant ones that of channel `constant`."""
         assert place.stream is not None
         self._norms[name] = (place.stream, norm, constant)
+        if self.calibration:
+            self.calibration.norms[name] = partial(_norm, place.stream, norm, constant)
         return self.add_node(name, "batch_norm", (place.node,))
 
     def add_head(self, name: str, place: Place, layer: Layer, weight: Tensor, slots: Tensor) -> str:
@@ -164,19 +177,30 @@ class TicketBuilder:
     ) -> str:
         """A 1x1 layer with rows of its own: what they stand for, and the entries that are kept."""
         self._drafts.append(_Draft(layer, inputs, None, (labels, rows, offsets)))
+        if self.calibration:
+            column = torch.full((len(labels),), -1, dtype=torch.int64)
+            column[rows] = offsets
+            entry = source.biases(layer, self.plan.seed, torch.arange(len(labels))) if layer.bias else torch.zeros(1)
+            entry = entry.expand(len(labels)).clone()
+            entry[rows] = source.weights(layer, self.plan.seed, rows, offsets)
+            self.calibration.add_copies(layer, column, entry)
         return self.add_node(layer.name, "layer", (node,), layer=layer.name)
 
     def add_writer(
-        self, layer: SourceLayer, node: str, inputs: Stream | int, stream: Stream, problems: list[Problems],
+        self, layer: SourceLayer, node: str, inputs: Stream | int, step: Step, problems: list[Problems],
         bases: BaseSets,
     ) -> str:  # fmt: skip
-        """A layer whose rows are the slots of `stream`; they are solved when somebody reads them."""
-        plan = self.plan
-        writer = Writer(
-            layer, problems, bases, seed=plan.seed, epsilon=plan.epsilon, selection=plan.selection, device=plan.device
-        )
-        stream.add(layer.name, writer)
-        self._drafts.append(_Draft(layer, inputs, stream))
+        """A layer whose rows are the slots of the step's stream; they are solved when somebody reads them."""
+        plan, calibration = self.plan, self.calibration
+        solver = RowSolver(
+            layer, problems, bases, seed=plan.seed, epsilon=plan.epsilon, device=plan.device,
+            selection="best" if calibration else plan.selection,
+        )  # fmt: skip
+        if calibration:
+            read = Read(node, step.place.target, calibration.behind(step.name, step.beside))
+            solver = FeedbackSolver(solver, layer, problems, bases, read, calibration)
+        step.stream.add(layer.name, Writer(layer, problems, bases, solver, plan.within))
+        self._drafts.append(_Draft(layer, inputs, step.stream))
         return self.add_node(layer.name, "layer", (node,), layer=layer.name)
 
     @property
@@ -194,11 +218,13 @@ class TicketBuilder:
 
     def finish(self, **metadata) -> Ticket:
         """Set the widths, prune what nothing reads, back to front, and name the result."""
-        layers, masks, slots = [], {}, {}
+        layers, masks, slots, errors = [], {}, {}, {}
         for draft in self._drafts:
             layer, labels, mask = _with_width(draft)
             layers.append(layer)
             masks[layer.name], slots[layer.name] = mask, labels
+            if self.calibration and draft.stream is not None:
+                errors[layer.name] = draft.stream.writers[layer.name].errors(len(labels))
         given = {f"{name}.{part}": tensor for name in self._norms for part, tensor in self._norm(name).items()}
         given |= {f"{name}.{part}": tensor for name in self._heads for part, tensor in self._head(name).items()}
         by_name = {layer.name: layer for layer in layers}
@@ -213,21 +239,23 @@ class TicketBuilder:
                 bias = self.bias_masks[name]
                 self.bias_masks[name] = bias[keep[bias]]
             slots[name] = torch.where(keep, slots[name], DEAD)
+            if name in errors:
+                errors[name] = errors[name].where(keep, math.nan)
             return mask % layer.row_size // layer.taps
 
         read_channels(self.nodes, given, prune)
         return Ticket(
             seed=self.plan.seed, law="uniform", base_set_size=self.plan.base_set_size,
             epsilon=self.plan.epsilon, selection=self.plan.selection, layers=tuple(layers), graph=tuple(self.nodes),
-            masks=masks, bias_masks=self.bias_masks, slots=slots, given=given, **metadata,
+            masks=masks, bias_masks=self.bias_masks, slots=slots, given=given, errors=errors,
+            feedback=json.dumps(self.calibration.describe()) if self.calibration else "", **metadata,
         )  # fmt: skip
 
     def _norm(self, name: str) -> dict[str, Tensor]:
         stream, norm, constant = self._norms[name]
-        channels = torch.where(stream.channels < 0, constant, stream.channels)
-        if not len(channels):
-            channels = torch.zeros(1, dtype=torch.int64)  # a layer has rows even where nothing reads it
-        return {"weight": norm.scale[channels], "bias": norm.shift[channels]}
+        if not len(stream.channels):
+            return {"weight": norm.scale[:1], "bias": norm.shift[:1]}  # a layer has rows even where nothing reads it
+        return dict(zip(("weight", "bias"), _norm(stream, norm, constant), strict=True))
 
     def _head(self, name: str) -> dict[str, Tensor]:
         stream, layer, weight, slots = self._heads[name]
@@ -236,6 +264,13 @@ class TicketBuilder:
         read = weight.ne(0).any(2).any(0)
         wide[:, slots[read]] = weight[:, read]
         return {"weight": wide.flatten(1), "bias": layer.bias}
+
+
+def _norm(stream: Stream, norm: BatchNorm, constant: int, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and shift of slots, of all where none are named; constant slots have those of channel `constant`."""
+    channels = stream.channels if slots is None else stream.channels[slots]
+    channels = torch.where(channels < 0, constant, channels)
+    return norm.scale[channels], norm.shift[channels]
 
 
 def _width(inputs: Stream | int) -> int:

@@ -19,6 +19,7 @@ from ltx.constructions.builder import (
 )
 from ltx.constructions.rows import BaseSets
 from ltx.graph import above
+from ltx.ticket import CONSTANT
 
 
 def direct(builder: TicketBuilder, step: Step) -> str:
@@ -29,15 +30,18 @@ def direct(builder: TicketBuilder, step: Step) -> str:
     weight = place.entries(target)
     taken = place.take(above(weight, epsilon).any(0), m, m if step.biased else 0)
     columns, multipliers = taken.slots, torch.ones(taken.slots.shape, dtype=torch.float64)
+    channels = torch.arange(len(columns))
     constant, tap = len(columns), constant_tap(target, name, weight.shape[2], needed=step.biased)
     if step.biased:
         columns = torch.cat([columns, taken.constants[None]])
         multipliers = torch.cat([multipliers, taken.constant_values[None]])
+        channels = torch.cat([channels, torch.tensor([CONSTANT])])
     problems = target_problems(weight, target, epsilon, torch.arange(len(weight[0]))[:, None], constant, tap)
     layer = source_layer(
         builder, name, target, weight.shape[2], sigma=layer_scale(target, builder.plan.scaling), role="direct"
     )
     return builder.add_writer(
-        layer, builder.flattened(place), place.stream, step.stream,
-        [*problems, constant_row(step, constant, tap)], BaseSets(columns, multipliers),
+        layer, builder.flattened(place), place.stream, step,
+        [*problems, constant_row(step, constant, tap)],
+        BaseSets(columns, multipliers, channels, torch.ones(len(channels), 2)),
     )  # fmt: skip

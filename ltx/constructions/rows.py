@@ -23,10 +23,15 @@ class BaseSets:
 
     columns: (B, m) int64 source channels; multipliers: (B, m) float64; paired: each column n stands for the
     opposite columns n and n + 1, which are kept together (looks_linear).
+
+    channels (B,) int64 and slopes (B, 2) float32 say what a base set stands for, the same in all its columns: an input
+    x of the target counts slopes[0] x above 0 and slopes[1] x below; a channel of CONSTANT counts 1.
     """
 
     columns: Tensor
     multipliers: Tensor
+    channels: Tensor
+    slopes: Tensor
     paired: bool = False
 
 

@@ -8,12 +8,14 @@ that fails is given up whole (Appendix F); its slot is dead from that layer on, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ltx.constructions.feedback import FeedbackSolver
 from ltx.constructions.rows import BaseSets, Problems, RowSolver
 from ltx.errors import ConstructionError
 from ltx.source import SourceLayer
@@ -31,10 +33,13 @@ class Writer:
     problems: of a row of each target channel, then those of a constant row.
     """
 
-    def __init__(self, layer: SourceLayer, problems: Sequence[Problems], bases: BaseSets, **how):
+    def __init__(
+        self, layer: SourceLayer, problems: Sequence[Problems], bases: BaseSets, solver: RowSolver | FeedbackSolver,
+        within: float,
+    ):  # fmt: skip
         self.layer, self.problems, self.bases = layer, problems, bases
-        self.epsilon: float = how["epsilon"]
-        self._solver = RowSolver(layer, problems, bases, **how)
+        self.within = within  # of its target value a subset has to be
+        self._solver = solver
         self.state = torch.empty(0, dtype=torch.int8)  # of every slot
         self.sums = torch.empty(0, dtype=torch.float64)
         self._rows: list[Tensor] = []
@@ -73,6 +78,18 @@ class Writer:
         """
         share = self.missed / (self.asked + 1)
         return torch.special.xlogy(self._solver.sizes.double(), 1 - share)[self.kinds(channels)]
+
+    def release(self) -> None:
+        """No row will be tried any more."""
+        if isinstance(self._solver, FeedbackSolver):
+            self._solver.release()
+
+    def errors(self, slots: int) -> Tensor:
+        """Of the rows of so many slots, on calibration images, (slots,) float32; NaN where there is none."""
+        found = torch.full((slots,), math.nan)
+        if isinstance(self._solver, FeedbackSolver):
+            found[: len(self._solver.errors)] = self._solver.errors
+        return found
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Rows and offsets i * K + k of what is kept."""
@@ -131,7 +148,7 @@ class Stream:
     def _attempt(self, behind: Sequence[str], kinds: Tensor) -> None:
         """Try every slot of these kinds, in the writers in turn, as long as it is alive."""
         alive = torch.isin(self.channels, kinds)
-        for name in behind:
+        for name in (name for name in self.writers if name in behind):
             writer = self.writers[name]
             slots = (alive & (writer.state == _UNTRIED)).nonzero().flatten()
             writer.attempt(slots, self.channels[slots])
@@ -157,7 +174,7 @@ class Stream:
         return ConstructionError(
             f"layer {layer.target or layer.name}, {what}: none of {attempts} source rows solves all of its "
             f"{len(problems)} subset-sum problems within "
-            f"{writer.epsilon:g}, because {share:.2g} of them have no such subset among "
+            f"{writer.within:g}, because {share:.2g} of them have no such subset among "
             f"{writer.bases.columns.shape[1]} values; raise m or epsilon"
             + (", or use construction=L+1" if layer.role == "pair" and layer.index > 1 else "")
             + (", or use scaling=layer_max" if _beyond(problems, writer.bases, layer) else "")

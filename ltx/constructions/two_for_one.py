@@ -13,6 +13,7 @@ base set consists of products of two uniform numbers on [-1, 1], as Corollary C.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,13 +116,16 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
         opposite="columns" if law.opposite else "none",
     )  # fmt: skip
     node = builder.add_writer(
-        layer, copies.node, copies.width, step.stream, [*problems, constant_row(step, copies.constant, tap)],
+        layer, copies.node, copies.width, step, [*problems, constant_row(step, copies.constant, tap)],
         copies.bases,
     )  # fmt: skip
+    if math.isinf(plan.within):
+        return node, math.inf
     entries = target.weight.abs().flatten(1).double()
-    reach = (entries + 2 * plan.epsilon * above(entries, plan.epsilon)).sum(1) * max(place.bound, 1.0)
-    bound = float((reach + target.bias.abs() + plan.epsilon).max())
-    return node, max(bound, 1.0 + plan.epsilon)
+    off = plan.within + plan.epsilon  # of a parameter and its linearisation
+    reach = (entries + off * above(entries, plan.epsilon)).sum(1) * max(place.bound, 1.0)
+    bound = float((reach + target.bias.abs() + plan.within).max())
+    return node, max(bound, 1.0 + plan.within)
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,17 @@ def _copy_layer(
         multipliers[-1] = phi.fn(before) - (phi.fn(-before) if law.opposite else 0.0)
     base = torch.zeros(len(read), len(law.signs), dtype=torch.int64)
     base[channels] = torch.arange(len(channels) * len(law.signs)).view(-1, len(law.signs))
-    return _Copies(node, used, BaseSets(row, multipliers, law.opposite), base, len(needs) - 1)
+    slopes = torch.tensor([_slopes(phi, law, sign) for _, sign in needs])
+    bases = BaseSets(row, multipliers, torch.tensor(meaning), slopes, law.opposite)
+    return _Copies(node, used, bases, base, len(needs) - 1)
+
+
+def _slopes(phi: Activation, law: PairLaw, sign: int) -> tuple[float, float]:
+    """What an input x counts for, above and below 0, in a base set whose entries have that sign."""
+    if len(law.signs) == 1:
+        return 1.0, 1.0
+    same, other = phi.slope_pos / law.gain, phi.slope_neg / law.gain
+    return (same, other) if sign > 0 else (other, same)
 
 
 def _match(

@@ -167,14 +167,14 @@ def run(graph: Graph, images: Tensor) -> Iterator[tuple[Node, Tensor]]:
     last = {name: n for n, node in enumerate(graph.nodes) for name in node.inputs}
     for position, node in enumerate(graph.nodes):
         inputs = [values[name] for name in node.inputs]
-        values[node.name] = images if node.op == "input" else _value(node, inputs)
+        values[node.name] = images if node.op == "input" else evaluate(node, inputs)
         yield node, values[node.name]
         for name in node.inputs:
             if last[name] == position:
                 values.pop(name, None)
 
 
-def _value(node: Node, inputs: list[Tensor]) -> Tensor:
+def evaluate(node: Node, inputs: list[Tensor]) -> Tensor:
     x = inputs[0]
     if node.layer is not None:
         layer = node.layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from ltx import data, paths
@@ -13,7 +14,8 @@ from ltx.constructions.sampled import sampled
 from ltx.errors import CheckpointError, ConstructionError, LtxError
 from ltx.files import write_json, write_tensors
 from ltx.targets import read_checkpoint
-from ltx.tasks import provenance, targets_at
+from ltx.tasks import calibration, provenance, targets_at
+from ltx.tasks.calibration import feedback_columns
 from ltx.ticket import Ticket
 from ltx.verification import verify
 
@@ -33,6 +35,14 @@ def run(settings: Settings) -> Path:
     if settings.construction.value == "sampled":
         return _sample(settings, target, path)
     statistics: list[Statistics] = []
+    feedback = {}
+    if settings.selection.value == "feedback":
+        feedback = {
+            "feedback": settings.feedback.plain,
+            "calibration": calibration.images(
+                settings, target.data, many=settings.feedback.images, seed=settings.seed, device=device
+            ),
+        }
     begin = time.perf_counter()
     failure = path.with_name("failure.json")
     try:
@@ -41,6 +51,7 @@ def run(settings: Settings) -> Path:
             epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
             head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
             input_range=data.dataset_spec(target.data).input_range, device=device, on_statistics=statistics.append,
+            **feedback,
         )  # fmt: skip
     except ConstructionError as error:
         # tables say which tickets there are none of
@@ -48,6 +59,7 @@ def run(settings: Settings) -> Path:
             "activation": target.activation, "construction": settings.construction.value, "base_set_size": settings.m,
             "epsilon": settings.epsilon, "selection": settings.selection.value, "seed": settings.seed,
             "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
+            **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
         }  # fmt: skip
         write_json(
             failure,

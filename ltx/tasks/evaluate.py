@@ -25,6 +25,7 @@ from ltx.evaluation import compare, outputs
 from ltx.files import write_json
 from ltx.graph import fold_batch_norm, trace
 from ltx.tasks import provenance, targets_at
+from ltx.tasks.calibration import feedback_columns
 from ltx.ticket import Ticket
 from ltx.verification import verify
 
@@ -79,7 +80,7 @@ def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, dige
         "settings": settings.plain(), **provenance.here(),
     }  # fmt: skip
     images = min(DEVIATION_IMAGES, len(split))
-    about = {key: result[key] for key in _ABOUT}
+    about = {key: value for key, value in result.items() if key in _ABOUT or key.startswith("feedback_")}
     write_json(
         result_path.with_name(result_path.name.replace("result", "deviation")),
         {**about, "images": images, "layers": [asdict(d) for d in found]},
@@ -123,6 +124,7 @@ def _explicit(
         "ticket_parameters": ticket.parameters, "source_parameters": ticket.source_parameters,
         "max_parameter_error": verification.max_parameter_error,
         "construction_seconds": how.get("seconds"), "problems": how.get("problems"),
+        **(feedback_columns(json.loads(ticket.feedback)) if ticket.feedback else {}),
     }  # fmt: skip
     network = ticket.to_module(device=device)
     return _Candidate(

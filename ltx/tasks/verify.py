@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+
+from torch import Tensor
 
 from ltx.config import Settings
-from ltx.errors import LtxError
-from ltx.tasks import targets_at
+from ltx.errors import DataError, LtxError
+from ltx.tasks import calibration, targets_at
 from ltx.tasks.evaluate import find_ticket
+from ltx.ticket import Ticket
 from ltx.verification import verify
 
 log = logging.getLogger(__name__)
@@ -17,7 +22,7 @@ SHOWN = 5
 def run(settings: Settings) -> None:
     """Verify a ticket; LtxError with the first violations when it is not what it claims."""
     path, ticket, target = find_ticket(settings)
-    result = verify(ticket, None if target is None else target.graph)
+    result = verify(ticket, None if target is None else target.graph, _calibration(settings, ticket, target))
     violations = list(result.violations)
     if target is not None:
         unfit = targets_at.unfit_range(ticket, target)
@@ -34,8 +39,32 @@ def run(settings: Settings) -> None:
             "its target (SHA-256 %s...) was not found; give it with target.checkpoint=FILE to compare parameters",
             ticket.target_sha256[:12],
         )
+    elif ticket.feedback:
+        log.info(
+            "%d sums stand for parameters of %s, %s (largest error %.6f), and nothing else is kept",
+            result.approximated, target.path,
+            "none within a bound" if math.isinf(ticket.within) else f"within {ticket.within:g}",
+            result.max_parameter_error,
+        )  # fmt: skip
+        if result.rows:
+            log.info(
+                "the errors of %d rows on the calibration images are as claimed, at most %.3f of the target's standard "
+                "deviation", result.rows, result.max_row_error,
+            )  # fmt: skip
     else:
         log.info(
             "%d sums lie within %g of the parameters of %s (largest error %.6f), and nothing else is kept",
             result.approximated, ticket.epsilon, target.path, result.max_parameter_error,
         )  # fmt: skip
+
+
+def _calibration(settings: Settings, ticket: Ticket, target: targets_at.Target | None) -> Tensor | None:
+    """The images that a ticket with feedback was made with; None where it needs none or they are not there."""
+    if not ticket.feedback or target is None:
+        return None
+    many = json.loads(ticket.feedback)["images"]
+    try:
+        return calibration.images(settings, target.data, many=many, seed=ticket.seed, device=settings.torch_device)
+    except DataError as error:
+        log.info("errors of rows were not measured: %s", error)
+        return None

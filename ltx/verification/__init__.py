@@ -3,17 +3,21 @@
 Without a target: the ticket is a subnetwork of the source that its seed defines (`structure`). With the target: it
 is the target's network with every layer replaced by one or two layers of the source (`topology`), and the source's
 parameters, summed over the kept subsets, are within epsilon of every target parameter above epsilon, in every slot,
-and nothing else is kept (`approximation`).
+and nothing else is kept (`approximation`). With feedback the bound is another one, or none, and a row's error on the
+calibration images is what the ticket says (`rows`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ltx.errors import ConstructionError
 from ltx.graph import Graph, fold_batch_norm
 from ltx.ticket import Ticket
 from ltx.verification.approximation import Approximation
+from ltx.verification.rows import Rows
 from ltx.verification.structure import structure
 from ltx.verification.topology import topology
 
@@ -25,14 +29,21 @@ class Verification:
     violations: tuple[str, ...]
     approximated: int  # sums over kept subsets that were compared with a target parameter; 0 without a target
     max_parameter_error: float  # largest |sum - parameter|; NaN without a target
+    rows: int = 0  # whose errors were measured on calibration images
+    max_row_error: float = float("nan")  # the largest, over the standard deviation of the target's values there
 
     @property
     def ok(self) -> bool:
         return not self.violations
 
 
-def verify(ticket: Ticket, target: Graph | None = None) -> Verification:
-    """Verify a ticket, against its source alone or with its target's graph too."""
+def verify(ticket: Ticket, target: Graph | None = None, calibration: Tensor | None = None) -> Verification:
+    """Verify a ticket, against its source alone or with its target's graph too.
+
+    Args:
+        calibration: the images (n, C, H, W) that a ticket with `selection=feedback` was made with. Without a bound its
+            parameters are not within epsilon of the target's: what it claims is the error of its rows on these images.
+    """
     violations = list(structure(ticket))
     if target is None or violations:
         return Verification(tuple(violations), 0, float("nan"))
@@ -50,4 +61,8 @@ def verify(ticket: Ticket, target: Graph | None = None) -> Verification:
         return Verification(tuple(violations), 0, float("nan"))
     check = Approximation(ticket, target)
     violations = list(check.run())
-    return Verification(tuple(violations), check.compared, check.worst)
+    if calibration is None or not ticket.feedback or violations:
+        return Verification(tuple(violations), check.compared, check.worst)
+    rows = Rows(ticket, target, calibration)
+    violations = tuple(rows.run())
+    return Verification(violations, check.compared, check.worst, rows.measured, rows.largest)

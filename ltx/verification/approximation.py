@@ -197,7 +197,7 @@ class Approximation:
         channels = live & ~constant_row
         wanted[channels] = weight.flatten(1)[labels[channels]]
         wanted = wanted.repeat_interleave(len(sets), 0)
-        epsilon = self.ticket.epsilon
+        epsilon, within = self.ticket.epsilon, self.ticket.within
         yield from self._compare(layer, sums, kept, wanted, channels.repeat_interleave(len(sets)), len(sets), epsilon)
 
         bias = torch.zeros(layer.shape[0], dtype=torch.float64)
@@ -212,11 +212,11 @@ class Approximation:
             yield f"layer {layer.name}: row {row} is labelled constant and reads a channel that is not"
         self.constants[node.name] = torch.where(constant_row, bias_sum, torch.nan)
         if node.inputs[0] in self.copies:
-            # one slot a channel: a parameter above epsilon is off by epsilon, its linearisation by as much again
+            # one slot a channel: a parameter above epsilon is off by `within`, its linearisation by epsilon
             reach = max(1.0, *map(abs, self.copied))
             size = target.weight.abs().flatten(1).double()
-            size = (size + 2 * epsilon * (size > epsilon)).sum(1) * reach + target.bias.abs().double() + epsilon
-            high = max(float(size.max()), 1 + epsilon)
+            size = torch.where(size > epsilon, size + epsilon + within, size).sum(1) * reach
+            high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
 
     def _compare(self, layer, sums, kept, wanted, rows, sets, epsilon, what="weight") -> Iterator[str]:
@@ -225,12 +225,12 @@ class Approximation:
         self.compared += int(big.sum())
         if big.any():
             self.worst = max(self.worst, float(error[big].max()))
-        for row, column in (big & ~(error <= epsilon + ROUNDING)).nonzero()[:3].tolist():
+        for row, column in (big & ~(error <= self.ticket.within + ROUNDING)).nonzero()[:3].tolist():
             where = f"layer {layer.name}, row {row // sets}, {what}"
             where += f" (input channel {column // layer.taps}, tap {column % layer.taps})" if what == "weight" else ""
             yield (
                 f"{where}: {float(sums[row, column]):.6g} is {float(error[row, column]):.3g} from the target's "
-                f"{float(wanted[row, column]):.6g}, epsilon is {epsilon:g}"
+                f"{float(wanted[row, column]):.6g}, more than {self.ticket.within:g}"
             )
         for row, column in (kept & ~big & rows[:, None]).nonzero()[:3].tolist():
             where = f"input channel {column // layer.taps}, tap {column % layer.taps}" if what == "weight" else what

@@ -1,0 +1,280 @@
+"""Choosing subsets with error feedback: which entries of a row lower the error of the function that it computes.
+
+A row's problems are visited one after the other. Its error e (N samples) holds what the entries chosen so far give,
+minus what the target's parameters visited so far do. The subset S that a problem takes minimises
+
+    || e + sum_S w_s x_s - theta u ||^2 + penalty |S|        x_s (N,): slots, u (N,): what they stand for
+
+over the subsets of at most `largest` slots, within `bound` of theta where there is one. Only the Gram matrix of the
+slots and the products of e with them are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+_STRIP = 512  # samples at a time: what is multiplied stays in the first cache
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What entries are worth on the samples, by group g: a base set at a tap. All float32 on one device.
+
+    slots (G, m, N); ideal (G, N); gram (G, m, m) and cross (G, m): products of the slots with one another and with the
+    ideal signal.
+    """
+
+    slots: Tensor
+    ideal: Tensor
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, slots: Tensor, ideal: Tensor) -> Signals:
+        cross = torch.bmm(slots, ideal[:, :, None])[:, :, 0]
+        return cls(slots, ideal, torch.bmm(slots, slots.mT), cross)
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The problems of every kind of row in the order in which they are visited; kind c has begin[c]:begin[c + 1]."""
+
+    begin: Tensor  # (kinds + 1,) int64
+    group: Tensor  # (P,) int64
+    theta: Tensor  # (P,) float32
+
+
+def choose(
+    signals: Signals, visits: Visits, kinds: Tensor, weights: Tensor, worth: Tensor, error: Tensor, penalty: Tensor,
+    *, bound: float, largest: int, sweeps: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Choose the subsets of n rows.
+
+    Args:
+        kinds: (n,) int64, ascending: what each row computes.
+        weights: (V, m) float32: the source's entries for every visit of every row, rows one behind the other.
+        worth: (V, m) float32: what these entries count towards theta; looked at where there is a bound.
+        error: (n, N) float32, the rows' errors before the first choice; afterwards those that remain.
+        penalty: (n,) of an element.
+        bound: of |sum - theta|; infinite for none.
+        sweeps: later ones take each subset out and choose again.
+
+    Returns:
+        chosen: (V, largest) int16, elements of the subsets, then -1.
+        missed: (n,) int64: problems without a subset within the bound. Their subset is empty.
+    """
+    how = (bound, largest, sweeps)
+    if error.device.type == "cpu":
+        unique, counts = torch.unique_consecutive(kinds, return_counts=True)
+        rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        sizes = (visits.begin[1:] - visits.begin[:-1])[kinds]
+        first = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        chosen = np.full((len(weights), largest), -1, np.int16)
+        missed = np.zeros(len(kinds), np.int64)
+        arrays = (signals.slots, signals.ideal, signals.gram, signals.cross, visits.begin, visits.group, visits.theta,
+                  unique, rows, first, weights, worth, error, penalty)  # fmt: skip
+        _choose(*(a.contiguous().numpy() for a in arrays), *how, chosen, missed)  # pyright: ignore[reportCallIssue]
+        return torch.from_numpy(chosen), torch.from_numpy(missed)
+    return _choose_batched(signals, visits, kinds, weights, worth, error, penalty, *how)
+
+
+@numba.njit(cache=True, fastmath=True)
+def _products(error, slots, out):
+    """out (Q, m) = error (Q, N) @ slots (m, N).T, four by four rows at a time."""
+    many, m, samples = len(error), len(slots), error.shape[1]
+    out[:] = 0
+    for begin in range(0, samples, _STRIP):
+        end = min(begin + _STRIP, samples)
+        for q in range(0, many, 4):
+            q1, q2, q3 = min(q + 1, many - 1), min(q + 2, many - 1), min(q + 3, many - 1)
+            e0, e1, e2, e3 = error[q, begin:end], error[q1, begin:end], error[q2, begin:end], error[q3, begin:end]
+            for s in range(0, m, 4):
+                s1, s2, s3 = min(s + 1, m - 1), min(s + 2, m - 1), min(s + 3, m - 1)
+                x0, x1, x2, x3 = slots[s, begin:end], slots[s1, begin:end], slots[s2, begin:end], slots[s3, begin:end]
+                a00 = a01 = a02 = a03 = a10 = a11 = a12 = a13 = np.float32(0)
+                a20 = a21 = a22 = a23 = a30 = a31 = a32 = a33 = np.float32(0)
+                for n in range(end - begin):
+                    a00 += e0[n] * x0[n]
+                    a01 += e0[n] * x1[n]
+                    a02 += e0[n] * x2[n]
+                    a03 += e0[n] * x3[n]
+                    a10 += e1[n] * x0[n]
+                    a11 += e1[n] * x1[n]
+                    a12 += e1[n] * x2[n]
+                    a13 += e1[n] * x3[n]
+                    a20 += e2[n] * x0[n]
+                    a21 += e2[n] * x1[n]
+                    a22 += e2[n] * x2[n]
+                    a23 += e2[n] * x3[n]
+                    a30 += e3[n] * x0[n]
+                    a31 += e3[n] * x1[n]
+                    a32 += e3[n] * x2[n]
+                    a33 += e3[n] * x3[n]
+                for row, sums in ((q, (a00, a01, a02, a03)), (q + 1, (a10, a11, a12, a13)),
+                                  (q + 2, (a20, a21, a22, a23)), (q + 3, (a30, a31, a32, a33))):  # fmt: skip
+                    if row < many:
+                        for d in range(4):
+                            if s + d < m:
+                                out[row, s + d] += sums[d]
+
+
+@numba.njit(cache=True, fastmath={"contract"})
+def _subsets(single, double, value, theta, bound, largest, best, code):
+    """The subset of least cost in each lane, over all sizes up to `largest`.
+
+    single (m, Q): cost of s alone; double (m, m, Q): what s and t cost together beyond; value (m, Q): towards theta.
+    best, code (Q,): cost and elements of the empty subset on entry, of the best one on return: element + 1 in each
+    byte of the code, the first in the lowest.
+    """
+    m, many = single.shape
+    free = bound == np.inf
+    pair, pair_value = np.empty(many, np.float32), np.empty(many, np.float32)
+    triple, triple_value = np.empty(many, np.float32), np.empty(many, np.float32)
+    for s in range(m):
+        for q in range(many):
+            take = (single[s, q] < best[q]) & (free | (abs(value[s, q] - theta) <= bound))
+            best[q] = single[s, q] if take else best[q]
+            code[q] = s + 1 if take else code[q]
+        if largest < 2:
+            continue
+        for t in range(s + 1, m):
+            label = (s + 1) | (t + 1) << 8
+            for q in range(many):
+                pair[q] = single[s, q] + single[t, q] + double[s, t, q]
+                pair_value[q] = value[s, q] + value[t, q] - theta
+                take = (pair[q] < best[q]) & (free | (abs(pair_value[q]) <= bound))
+                best[q] = pair[q] if take else best[q]
+                code[q] = label if take else code[q]
+            if largest < 3:
+                continue
+            for u in range(t + 1, m):
+                more = label | (u + 1) << 16
+                for q in range(many):
+                    triple[q] = pair[q] + single[u, q] + double[s, u, q] + double[t, u, q]
+                    triple_value[q] = pair_value[q] + value[u, q]
+                    take = (triple[q] < best[q]) & (free | (abs(triple_value[q]) <= bound))
+                    best[q] = triple[q] if take else best[q]
+                    code[q] = more if take else code[q]
+                if largest < 4:
+                    continue
+                for v in range(u + 1, m):
+                    last = more | (v + 1) << 24
+                    for q in range(many):
+                        four = triple[q] + single[v, q] + double[s, v, q] + double[t, v, q] + double[u, v, q]
+                        take = (four < best[q]) & (free | (abs(triple_value[q] + value[v, q]) <= bound))
+                        best[q] = four if take else best[q]
+                        code[q] = last if take else code[q]
+
+
+@numba.njit(cache=True, parallel=True, fastmath={"contract"})
+def _choose(
+    slots, ideal, gram, cross, begin, group, theta, kinds, rows, first, weights, worth, error, penalty, bound, largest,
+    sweeps, chosen, missed,
+):  # fmt: skip
+    """All rows of a kind visit the same problems together: their work is one (Q, N) times (N, m) product a visit."""
+    m = slots.shape[1]
+    for c in numba.prange(len(kinds)):
+        r0, r1 = rows[c], rows[c + 1]
+        many, mine = r1 - r0, error[r0:r1]
+        products = np.empty((many, m), np.float32)
+        single, value = np.empty((m, many), np.float32), np.empty((m, many), np.float32)
+        double = np.empty((m, m, many), np.float32)
+        best, code = np.empty(many, np.float32), np.empty(many, np.int64)
+        for sweep in range(sweeps):
+            for p in range(begin[kinds[c]], begin[kinds[c] + 1]):
+                g, wanted = group[p], theta[p]
+                step = p - begin[kinds[c]]
+                _products(mine, slots[g], products)
+                for q in range(many):
+                    visit = first[r0 + q] + step
+                    w = weights[visit]
+                    if sweep == 0:
+                        for s in range(m):
+                            products[q, s] -= wanted * cross[g, s]
+                    else:
+                        for d in range(largest):
+                            old = chosen[visit, d]
+                            if old >= 0:
+                                for s in range(m):
+                                    products[q, s] -= w[old] * gram[g, old, s]
+                    for s in range(m):
+                        value[s, q] = worth[visit, s]
+                        single[s, q] = w[s] * (w[s] * gram[g, s, s] + 2 * products[q, s]) + penalty[r0 + q]
+                        for t in range(s + 1, m):
+                            double[s, t, q] = 2 * w[s] * w[t] * gram[g, s, t]
+                    best[q] = 0 if abs(wanted) <= bound else np.inf
+                    code[q] = 0
+                _subsets(single, double, value, wanted, np.float32(bound), largest, best, code)
+                for q in range(many):
+                    visit = first[r0 + q] + step
+                    w, e = weights[visit], mine[q]
+                    if best[q] == np.inf and sweep == 0:
+                        missed[r0 + q] += 1
+                    if sweep == 0:
+                        e -= wanted * ideal[g]
+                    for d in range(largest):
+                        old = chosen[visit, d]
+                        new = (code[q] >> 8 * d & 255) - 1
+                        if old != new:
+                            if old >= 0:
+                                e -= w[old] * slots[g, old]
+                            if new >= 0:
+                                e += w[new] * slots[g, new]
+                            chosen[visit, d] = new
+
+
+def _choose_batched(
+    signals: Signals, visits: Visits, kinds: Tensor, weights: Tensor, worth: Tensor, error: Tensor, penalty: Tensor,
+    bound: float, largest: int, sweeps: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with torch, a visit of every row at a time, on any device."""
+    device, m = error.device, weights.shape[1]
+    kinds, begin, group, theta = (t.to(device) for t in (kinds, visits.begin, visits.group, visits.theta))
+    sizes = (begin[1:] - begin[:-1])[kinds]
+    first = sizes.cumsum(0) - sizes
+    members = torch.cat([_combinations(m, size, device) for size in range(largest + 1)])  # (subsets, m) float32
+    chosen = torch.zeros(len(weights), m, device=device)
+    missed = torch.zeros(len(kinds), dtype=torch.int64, device=device)
+    for sweep in range(sweeps):
+        for step in range(int(sizes.max()) if len(sizes) else 0):
+            row = (sizes > step).nonzero().flatten()
+            visit, problem = first[row] + step, begin[kinds[row]] + step
+            g, wanted, w = group[problem], theta[problem], weights[visit]
+            x = signals.slots[g]  # (n, m, N)
+            old = w * chosen[visit]
+            products = torch.bmm(x, error[row, :, None])[:, :, 0]
+            if sweep == 0:
+                products = products - wanted[:, None] * signals.cross[g]
+            else:
+                products = products - torch.bmm(signals.gram[g], old[:, :, None])[:, :, 0]
+            pairs = w[:, :, None] * signals.gram[g] * w[:, None]  # (n, m, m)
+            linear = 2 * w * products + penalty[row, None]
+            cost = linear @ members.T + torch.einsum("nst,cs,ct->nc", pairs, members, members)
+            if bound < float("inf"):
+                off = (worth[visit] @ members.T - wanted[:, None]).abs()
+                cost = torch.where(off <= bound, cost, torch.inf)
+            best = cost.argmin(1)
+            failed = cost.gather(1, best[:, None])[:, 0] == torch.inf
+            subset = torch.where(failed[:, None], 0.0, members[best])
+            if sweep == 0:
+                missed[row[failed]] += 1
+                error[row] -= wanted[:, None] * signals.ideal[g]
+            error[row] += torch.bmm((w * subset - old)[:, None], x)[:, 0]
+            chosen[visit] = subset
+    elements = torch.where(chosen > 0, torch.arange(m, device=device), m).sort(1).values[:, :largest]
+    if m < largest:
+        elements = torch.nn.functional.pad(elements, (0, largest - m), value=m)
+    return torch.where(elements < m, elements, -1).to(torch.int16), missed
+
+
+def _combinations(m: int, size: int, device: torch.device) -> Tensor:
+    """The subsets of `size` of m elements, as rows of 0 and 1 (subsets, m)."""
+    if size > m:
+        return torch.zeros(0, m, device=device)
+    index = torch.combinations(torch.arange(m), size) if size else torch.zeros(1, 0, dtype=torch.int64)
+    return torch.zeros(len(index), m).scatter_(1, index, 1.0).to(device)

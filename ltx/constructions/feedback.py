@@ -1,0 +1,215 @@
+"""`selection=feedback`: rows whose subsets are chosen by what the row computes on calibration images.
+
+A subset sum that is close to a target's parameter says little where its slots deviate from one another (section 6 of
+the design): they enter with the entries of the subset, not with their sum. So the choice among the subsets looks at
+what the slots really give, and each makes good what those before it left. The result is a mask like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltx import source
+from ltx.constructions.calibration import Behind, Calibration, Samples, apply_rows, gather
+from ltx.constructions.choice import Signals, Visits, choose
+from ltx.constructions.rows import Attempt, BaseSets, Problems, RowSolver
+from ltx.source import SourceLayer
+from ltx.ticket import CONSTANT
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a layer reads, on either side, and where its rows' errors are measured."""
+
+    node: str  # the ticket's
+    target: str  # the target's node
+    behind: Behind
+
+
+class FeedbackSolver:
+    """Tries rows of one source layer, as `RowSolver` does; a constant row is the latter's.
+
+    Args:
+        plain: the solver of the layer's constant rows, and of what all rows have in common.
+        read: where its inputs are, in the ticket and the target, whose layer was just run.
+    """
+
+    def __init__(
+        self, plain: RowSolver, layer: SourceLayer, problems: Sequence[Problems], bases: BaseSets, read: Read,
+        calibration: Calibration,
+    ):  # fmt: skip
+        self.plain, self.sizes = plain, plain.sizes
+        self.layer, self.bases, self.read, self.calibration = layer, bases, read, calibration
+        self.errors = torch.empty(0)  # of each slot's row, NaN where there is none
+        target = calibration.target
+        self._wanted = target[layer.target]
+        x = target[read.target]
+        if layer.kind == "linear":
+            x = x.reshape(len(x), -1, layer.taps)
+        self._samples = Samples.draw(
+            layer, x.shape, self._wanted.shape, calibration.settings.samples, seed=calibration.seed
+        )
+        self._others = [(ours, target[theirs], by) for ours, theirs, by in read.behind.others]
+        self._ideal = torch.stack([gather(x, index) for index in self._samples.inputs], 1)  # (C_in, K, N)
+        self._signals: Signals | None = None
+        self._visits = self._order(problems[:-1])
+        self._start = self._before(problems[:-1])
+        self._penalty = self._penalties()
+
+    def _order(self, problems: Sequence[Problems]) -> Visits:
+        """The groups, a base set at a tap each, in one random order for all rows, or each row's largest first."""
+        taps, settings = self.layer.taps, self.calibration.settings
+        groups = len(self.bases.channels) * taps
+        rank = torch.from_numpy(np.random.default_rng([self.calibration.seed, 2, self.layer.index]).permutation(groups))
+        group, theta = [], []
+        for kind in problems:
+            index = kind.base * taps + kind.tap
+            first = rank[index] if settings.order == "random" else -kind.theta.abs()
+            order = first.argsort(stable=True)
+            group.append(index[order])
+            theta.append(kind.theta[order])
+        sizes = torch.tensor([0, *(len(kind) for kind in problems)])
+        return Visits(sizes.cumsum(0), torch.cat(group), torch.cat(theta).float())
+
+    def _ideals(self) -> Tensor:
+        """What each base set stands for, (B, K, N)."""
+        channels, slopes = self.bases.channels, self.bases.slopes.to(self._ideal)
+        x = self._ideal[channels.clamp_min(0).to(self._ideal.device)]
+        x = slopes[:, :1, None] * x.clamp_min(0) + slopes[:, 1:, None] * x.clamp_max(0)
+        return torch.where((channels == CONSTANT).to(x.device)[:, None, None], 1.0, x)
+
+    def _before(self, problems: Sequence[Problems]) -> Tensor:
+        """Errors (C_out, N) of rows that keep nothing yet, as if what is to be approximated were there exactly."""
+        ideal = self._ideals().flatten(0, 1)
+        weight = torch.zeros(len(problems), len(ideal), device=ideal.device)
+        for kind, mine in enumerate(problems):
+            weight[kind].index_add_(
+                0, (mine.base * self.layer.taps + mine.tap).to(ideal.device), mine.theta.to(ideal)
+            )  # fmt: skip
+        return weight @ ideal - gather(self._wanted, self._samples.output)
+
+    def _penalties(self) -> Tensor:
+        """Of an element of a subset, (C_out,): what the sum of squares of a row's error must fall by."""
+        scale = self.read.behind.scale.to(self._start)
+        if not self.calibration.settings.penalty:
+            return torch.zeros_like(scale)
+        there = scale[:, None] * gather(self._wanted, self._samples.output)
+        for _, theirs, by in self._others:
+            there = there + by.to(there)[:, None] * gather(theirs, self._samples.output)
+        size = there.var(1, unbiased=False).mean()
+        share = self.calibration.settings.penalty * self._start.shape[1] * size
+        return share / scale.square()  # infinite where batch norm multiplies by 0
+
+    def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
+        """Choose subsets for `rows` (n,), each of its kind (n,)."""
+        constant = kinds == len(self.sizes) - 1
+        if not constant.any():
+            return self._attempt(rows, kinds)
+        plain = self.plain.attempt(rows[constant], kinds[constant])
+        self._run(rows[constant][plain.good], plain.rows, plain.offsets, *self._inputs())
+        if constant.all():
+            return plain
+        chosen = self._attempt(rows[~constant], kinds[~constant])
+        good, sums = torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.float64)
+        failures = torch.zeros(len(rows), dtype=torch.int64)
+        for part, index in ((plain, constant), (chosen, ~constant)):
+            good[index], sums[index], failures[index] = part.good, part.sums, part.failures
+        return Attempt(
+            good, sums, failures, torch.cat([plain.rows, chosen.rows]), torch.cat([plain.offsets, chosen.offsets])
+        )
+
+    def _attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
+        """The same, of rows that are not constant."""
+        order = kinds.argsort(stable=True)
+        back = order.argsort()
+        rows, kinds = rows[order], kinds[order]
+        settings, taps, device = self.calibration.settings, self.layer.taps, self.calibration.device
+        begin = self._visits.begin
+        sizes = (begin[1:] - begin[:-1])[kinds]
+        which = torch.repeat_interleave(torch.arange(len(rows)), sizes)
+        visit = begin[kinds][which] + torch.arange(len(which)) - (sizes.cumsum(0) - sizes)[which]
+        group = self._visits.group[visit]
+        offsets = self.bases.columns[group // taps] * taps + (group % taps)[:, None]
+        weights = source.weights(
+            self.layer, self.calibration.seed, rows[which][:, None].expand_as(offsets).to(device), offsets.to(device)
+        )
+        worth = weights * self.bases.multipliers.to(weights)[(group // taps).to(device)]
+        x, where = self._inputs()
+        if self._signals is None:
+            self._signals = self._read(x, where)
+        error = self._error(rows, kinds.to(device))
+        chosen, missed = choose(
+            self._signals, self._visits, kinds, weights, worth, error, self._penalty[kinds.to(device)],
+            bound=math.inf if settings.bound is None else settings.bound, largest=settings.max_subset,
+            sweeps=settings.sweeps,
+        )  # fmt: skip
+        chosen, missed = chosen.cpu().long(), missed.cpu()
+        good = missed == 0
+        entry, place = (chosen.ge(0) & good[which][:, None]).nonzero(as_tuple=True)
+        kept_rows, kept_offsets = rows[which[entry]], offsets[entry, chosen[entry, place]]
+        if self.bases.paired:
+            kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + taps])
+        self._run(rows[good], kept_rows, kept_offsets, x, where)
+        scale = self.read.behind.scale.to(error)[kinds.to(device)].abs()
+        self._claim(rows[good], (scale * error.square().mean(1).sqrt()).cpu()[good])
+        return Attempt(
+            good[back], torch.zeros(len(rows), dtype=torch.float64), missed[back], kept_rows, kept_offsets
+        )  # fmt: skip
+
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        """Values (n, U, ...) of the columns that base sets have, and where a column is among them."""
+        columns = self.bases.columns.flatten()
+        columns = torch.cat([columns, columns + 1]) if self.bases.paired else columns
+        unique = columns.unique()
+        where = torch.full((int(unique[-1]) + 1,), -1)
+        where[unique] = torch.arange(len(unique))
+        return self.calibration.at(self.read.node, unique), where
+
+    def _read(self, x: Tensor, where: Tensor) -> Signals:
+        """What the slots that are read give on the samples."""
+        sets, m = self.bases.columns.shape
+        here = where[self.bases.columns.flatten()].to(x.device)
+        beside = where[self.bases.columns.flatten() + 1].to(x.device) if self.bases.paired else None
+        slots = torch.empty(sets, self.layer.taps, m, len(self._samples.output), device=x.device)
+        for tap, index in enumerate(self._samples.inputs):
+            values = gather(x, index)
+            mine = values[here] if beside is None else values[here] - values[beside]
+            slots[:, tap] = mine.view(sets, m, -1)
+        return Signals.of(slots.flatten(0, 1), self._ideals().flatten(0, 1))
+
+    def _error(self, rows: Tensor, kinds: Tensor) -> Tensor:
+        """Errors (len(rows), N) of rows that keep nothing yet: what slots are off beside the layer is theirs too."""
+        error = self._start[kinds]
+        scale = self.read.behind.scale.to(error)
+        for ours, theirs, by in self._others:
+            there = gather(self.calibration.at(ours, rows), self._samples.output)
+            beside = (there - gather(theirs, self._samples.output)[kinds]).nan_to_num(0.0)
+            error += torch.where(scale == 0, 0.0, by.to(scale) / scale)[kinds, None] * beside
+        return error
+
+    def _run(self, rows: Tensor, kept_rows: Tensor, kept_offsets: Tensor, x: Tensor, where: Tensor) -> None:
+        """Outputs of rows that were solved."""
+        ascending = rows.sort().values
+        local = torch.searchsorted(ascending, kept_rows)
+        values = source.weights(self.layer, self.calibration.seed, kept_rows, kept_offsets)
+        offsets = where[kept_offsets // self.layer.taps] * self.layer.taps + kept_offsets % self.layer.taps
+        self.calibration.add_rows(
+            self.layer.name, ascending, apply_rows(self.layer, local, offsets, values, len(rows), x)
+        )  # fmt: skip
+
+    def _claim(self, rows: Tensor, errors: Tensor) -> None:
+        """Remember the errors of rows on the samples."""
+        if len(rows) and int(rows.max()) >= len(self.errors):
+            more = torch.full((int(rows.max()) + 1 - len(self.errors),), math.nan)
+            self.errors = torch.cat([self.errors, more])
+        self.errors[rows] = errors
+
+    def release(self) -> None:
+        """Free what further rows would need: there are none."""
+        del self._signals, self._others, self._wanted, self._ideal, self._start

@@ -1,0 +1,47 @@
+"""Settings of `selection=feedback`, which need nothing of torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ltx.errors import LtxError
+
+MAX_SUBSET = 4  # elements of a subset: of more there are too many subsets
+ORDERS = ("random", "largest")
+
+
+@dataclass
+class Feedback:
+    """How subsets are chosen by what the rows compute on calibration images.
+
+    samples: positions (image, y, x) at which a row's error is looked at; a vector has one for each image.
+    sweeps: how often every subset is chosen; after the first time it is taken out before.
+    max_subset: elements of a subset.
+    penalty: lambda. A parameter has to lower the mean square of its row's error by this share of the variance of the
+        target's activations, both measured behind batch norm and behind the sum of a residual block, the variance
+        averaged over the layer's channels.
+    bound: on the error of every single parameter; None for none.
+    order: of a row's parameters, `random` or `largest` first.
+    """
+
+    samples: int = 4000
+    sweeps: int = 1
+    max_subset: int = 3
+    penalty: float = 0.0
+    bound: float | None = None
+    order: str = "random"
+
+    def check(self) -> None:
+        """LtxError for a value that has no meaning."""
+        for name, high in (("samples", math.inf), ("sweeps", 100), ("max_subset", MAX_SUBSET)):
+            value = getattr(self, name)
+            if not 1 <= value <= high:
+                limit = f"lie between 1 and {high}" if high < math.inf else "be at least 1"
+                raise LtxError(f"feedback.{name}={value}: must {limit}")
+        if not 0 <= self.penalty < math.inf:
+            raise LtxError(f"feedback.penalty={self.penalty}: must be a number of at least 0")
+        if self.bound is not None and not 0 < self.bound < math.inf:
+            raise LtxError(f"feedback.bound={self.bound}: must be a positive number, or null for none")
+        if self.order not in ORDERS:
+            raise LtxError(f"feedback.order={self.order}: is not known; there are {', '.join(ORDERS)}")
