@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ltx.errors import LtxError
-from ltx.feedback import Feedback
+from ltx.feedback import IMAGES, Feedback
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 
 # Hydra matches enums by name, and these names are no identifiers
@@ -72,7 +72,7 @@ class ProtocolSettings:
 
 @dataclass
 class FeedbackSettings(Feedback):
-    images: int = 128  # for calibration, of the training split
+    images: int = IMAGES  # for calibration, of the training split
 
     def check(self) -> None:
         super().check()

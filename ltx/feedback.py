@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ltx.errors import LtxError
 
 MAX_SUBSET = 4  # elements of a subset: of more there are too many subsets
+IMAGES = 128  # of a training split, where nobody says how many
 ORDERS = ("random", "largest")
 
 
@@ -26,7 +27,7 @@ class Feedback:
     """
 
     samples: int = 4000
-    sweeps: int = 1
+    sweeps: int = 2
     max_subset: int = 3
     penalty: float = 0.0
     bound: float | None = None

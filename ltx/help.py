@@ -38,7 +38,7 @@ SETTINGS = (
     ),
     ("feedback.samples", "4000", "1 or more", "positions of activations at which a row's error is looked at", TICKET),
     ("feedback.images", "128", "1 or more", "for calibration, unlabelled, of the training split", TICKET),
-    ("feedback.sweeps", "1", "1 to 100", "later ones take each subset out and choose again", TICKET),
+    ("feedback.sweeps", "2", "1 to 100", "later ones take each subset out and choose again", TICKET),
     ("feedback.max_subset", "3", "1 to 4", "elements of a subset", TICKET),
     ("feedback.penalty", "0", "0 or more", "share of the variance by which a parameter has to lower an error", TICKET),
     ("feedback.bound", "null", "positive, null", "on the error of every single parameter", TICKET),

@@ -11,6 +11,7 @@ from torch import nn
 
 from ltx import cli
 from ltx.activations import ACTIVATIONS
+from ltx.targets import resnet22
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
 SMOKE = ("target=digits", "protocol=smoke", "device=cpu")
@@ -38,6 +39,29 @@ def randomise(module: nn.Module, generator: torch.Generator, density: float, *, 
         module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 1.8 - 0.9)
         module.weight_mask.copy_((torch.rand(module.weight.shape, generator=generator) < share).float())
         module.bias.copy_((torch.rand(module.bias.shape, generator=generator) * 1.8 - 0.9) * bias)
+
+
+def small_resnet(activation="relu", *, seed=0, blocks=2, width=2, density=0.25):
+    """Random parameters and statistics; 8x8 images with one channel, 3 classes."""
+    model = resnet22(ACTIVATIONS[activation], shape=(1, 8, 8), classes=3, width=width, blocks=blocks)
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MaskedConv2d):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 1.8 - 0.9)
+                module.weight_mask.copy_((torch.rand(module.weight.shape, generator=generator) < density).float())
+            elif isinstance(module, MaskedLinear):
+                randomise(module, generator, 4 * 0.5)
+            elif isinstance(module, nn.BatchNorm2d):
+                uniform(module.weight, 0.5, 0.9)
+                uniform(module.bias, -0.4, 0.6)
+                uniform(module.running_mean, -0.3, 0.3)
+                uniform(module.running_var, 0.5, 1.5)
+    return model.eval()
 
 
 def images(count: int = 16, size: int = 6, *, seed: int = 0, low: float = -1.0) -> torch.Tensor:

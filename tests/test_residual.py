@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import deviation, images, randomise
+from conftest import deviation, images, small_resnet
 from torch import nn
 
 from ltx import LtxError, construct, verify
@@ -16,35 +16,11 @@ from ltx.constructions.sampled import PROBLEMS, sampled
 from ltx.deviation import sampled_deviations, ticket_deviations
 from ltx.graph import above, fold_batch_norm, run, trace
 from ltx.subset_sum import sample
-from ltx.targets import MaskedConv2d, MaskedLinear, resnet22
 from ltx.ticket import CONSTANT, DEAD
 
 everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 kept_or_folded = pytest.mark.parametrize("batch_norm", ["keep", "fold"])
-
-
-def small_resnet(activation="relu", *, seed=0, blocks=2, width=2, density=0.25):
-    """Random parameters and statistics; 8x8 images with one channel, 3 classes."""
-    model = resnet22(ACTIVATIONS[activation], shape=(1, 8, 8), classes=3, width=width, blocks=blocks)
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(tensor, low, high):
-        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, MaskedConv2d):
-                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 1.8 - 0.9)
-                module.weight_mask.copy_((torch.rand(module.weight.shape, generator=generator) < density).float())
-            elif isinstance(module, MaskedLinear):
-                randomise(module, generator, 4 * 0.5)
-            elif isinstance(module, nn.BatchNorm2d):
-                uniform(module.weight, 0.5, 0.9)
-                uniform(module.bias, -0.4, 0.6)
-                uniform(module.running_mean, -0.3, 0.3)
-                uniform(module.running_var, 0.5, 1.5)
-    return model.eval()
 
 
 @everywhere

@@ -48,7 +48,8 @@ class Calibration:
 
     def __init__(self, graph: Graph, images: Tensor, settings: Feedback, *, seed: int, device: str):
         settings.check()
-        if images.ndim != 4 or not images.is_floating_point() or not bool(torch.isfinite(images).all()):
+        fits = images.ndim == 4 and len(images) > 0 and images.is_floating_point()
+        if not fits or not bool(torch.isfinite(images).all()):
             raise ConstructionError(
                 f"calibration images {tuple(images.shape)} {images.dtype}: must be (n, C, H, W), floating point, finite"
             )
@@ -73,7 +74,12 @@ class Calibration:
         position = self._position[node.name]
         with torch.no_grad():
             inputs = [self.target[name] for name in node.inputs]
-            self.target[node.name] = self.images if node.op == "input" else evaluate(node, inputs)
+            try:
+                self.target[node.name] = self.images if node.op == "input" else evaluate(node, inputs)
+            except RuntimeError as error:
+                raise ConstructionError(
+                    f"calibration images {tuple(self.images.shape)} do not fit the network: '{node.name}': {error}"
+                ) from error
         for name in [n for n in self.target if self._last.get(n, position) < position]:
             del self.target[name]
 

@@ -112,7 +112,9 @@ class FeedbackSolver:
         if not constant.any():
             return self._attempt(rows, kinds)
         plain = self.plain.attempt(rows[constant], kinds[constant])
-        self._run(rows[constant][plain.good], plain.rows, plain.offsets, *self._inputs())
+        self._run(
+            rows[constant][plain.good], plain.rows, plain.offsets, *self._inputs(plain.offsets // self.layer.taps)
+        )
         if constant.all():
             return plain
         chosen = self._attempt(rows[~constant], kinds[~constant])
@@ -140,15 +142,18 @@ class FeedbackSolver:
             self.layer, self.calibration.seed, rows[which][:, None].expand_as(offsets).to(device), offsets.to(device)
         )
         worth = weights * self.bases.multipliers.to(weights)[(group // taps).to(device)]
-        x, where = self._inputs()
-        if self._signals is None:
+        columns = self.bases.columns.flatten()
+        x, where = self._inputs(torch.cat([columns, columns + 1]) if self.bases.paired else columns)
+        if self._signals is None and len(which):
             self._signals = self._read(x, where)
         error = self._error(rows, kinds.to(device))
-        chosen, missed = choose(
-            self._signals, self._visits, kinds, weights, worth, error, self._penalty[kinds.to(device)],
-            bound=math.inf if settings.bound is None else settings.bound, largest=settings.max_subset,
-            sweeps=settings.sweeps,
-        )  # fmt: skip
+        chosen, missed = torch.empty(0, settings.max_subset), torch.zeros(len(rows), dtype=torch.int64)
+        if self._signals is not None:
+            chosen, missed = choose(
+                self._signals, self._visits, kinds, weights, worth, error, self._penalty[kinds.to(device)],
+                bound=math.inf if settings.bound is None else settings.bound, largest=settings.max_subset,
+                sweeps=settings.sweeps,
+            )  # fmt: skip
         chosen, missed = chosen.cpu().long(), missed.cpu()
         good = missed == 0
         entry, place = (chosen.ge(0) & good[which][:, None]).nonzero(as_tuple=True)
@@ -162,11 +167,11 @@ class FeedbackSolver:
             good[back], torch.zeros(len(rows), dtype=torch.float64), missed[back], kept_rows, kept_offsets
         )  # fmt: skip
 
-    def _inputs(self) -> tuple[Tensor, Tensor]:
-        """Values (n, U, ...) of the columns that base sets have, and where a column is among them."""
-        columns = self.bases.columns.flatten()
-        columns = torch.cat([columns, columns + 1]) if self.bases.paired else columns
+    def _inputs(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (n, U, ...) of columns, and where a column is among them."""
         unique = columns.unique()
+        if not len(unique):
+            return torch.empty(0), unique
         where = torch.full((int(unique[-1]) + 1,), -1)
         where[unique] = torch.arange(len(unique))
         return self.calibration.at(self.read.node, unique), where
@@ -195,6 +200,12 @@ class FeedbackSolver:
 
     def _run(self, rows: Tensor, kept_rows: Tensor, kept_offsets: Tensor, x: Tensor, where: Tensor) -> None:
         """Outputs of rows that were solved."""
+        if not len(kept_rows):
+            shape = (len(self._wanted), len(rows), *self._wanted.shape[2:])
+            self.calibration.add_rows(
+                self.layer.name, rows.sort().values, torch.zeros(shape, device=self._wanted.device)
+            )
+            return
         ascending = rows.sort().values
         local = torch.searchsorted(ascending, kept_rows)
         values = source.weights(self.layer, self.calibration.seed, kept_rows, kept_offsets)

@@ -198,8 +198,8 @@ def _copy_layer(
         multipliers[-1] = phi.fn(before) - (phi.fn(-before) if law.opposite else 0.0)
     base = torch.zeros(len(read), len(law.signs), dtype=torch.int64)
     base[channels] = torch.arange(len(channels) * len(law.signs)).view(-1, len(law.signs))
-    slopes = torch.tensor([_slopes(phi, law, sign) for _, sign in needs])
-    bases = BaseSets(row, multipliers, torch.tensor(meaning), slopes, law.opposite)
+    slopes = torch.tensor([_slopes(phi, law, sign) for _, sign in needs]).view(-1, 2)
+    bases = BaseSets(row, multipliers, torch.tensor(meaning, dtype=torch.int64), slopes, law.opposite)
     return _Copies(node, used, bases, base, len(needs) - 1)
 
 

@@ -13,7 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from ltx.report.figures import STYLE
 from ltx.report.tables import ACTIVATIONS
 
-COLOURS = {"sampled": "#777777", "L+1": "#b2182b", "2L": "#2166ac"}
+LINES = {  # construction, selection -> colour and style; those of feedback without a penalty or a bound
+    ("sampled", "smallest"): ("#777777", "-"), ("L+1", "smallest"): ("#b2182b", "-"), ("L+1", "best"): ("#b2182b", ":"),
+    ("L+1", "feedback"): ("#e08214", "-"), ("2L", "smallest"): ("#2166ac", "-"), ("2L", "best"): ("#2166ac", ":"),
+    ("2L", "feedback"): ("#1a9850", "-"),
+}  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v")
 
 
@@ -21,8 +25,8 @@ def figure(table: pd.DataFrame) -> Figure:
     """Root mean square deviation over the target's standard deviation behind every activation, a panel each activation.
 
     Args:
-        table: one row per layer and ticket: `activation`, `construction`, `base_set_size`, `epsilon`, `seed`,
-            `position`, `deviation`, `target_std`.
+        table: one row per layer and ticket: `activation`, `construction`, `selection`, `base_set_size`, `epsilon`,
+            `seed`, `position`, `deviation`, `target_std`.
     """
     names = [name for name in ACTIVATIONS if (table.activation == name).any()]
     table = table.assign(relative=table.deviation / table.target_std)
@@ -38,16 +42,17 @@ def figure(table: pd.DataFrame) -> Figure:
         )
         for axes, name in zip(panels, names, strict=False):
             mine = table[table.activation == name]
-            for construction, colour in COLOURS.items():
+            for (construction, selection), (colour, style) in LINES.items():
                 for (m, epsilon), marker in zip(settings, MARKERS, strict=False):
                     line: Any = mine[
-                        (mine.construction == construction) & (mine.base_set_size == m) & (mine.epsilon == epsilon)
-                    ]
+                        (mine.construction == construction) & (mine.selection == selection)
+                        & (mine.base_set_size == m) & (mine.epsilon == epsilon)
+                    ]  # fmt: skip
                     if line.empty:
                         continue
                     mean = np.exp(np.log(line.set_index("position")["relative"]).groupby("position").mean())
-                    label = "sampled" if construction == "sampled" else f"explicit {construction}"
-                    axes.plot(mean.index, mean.to_numpy(), color=colour, marker=marker, ms=3, lw=1.1,
+                    label = "sampled" if construction == "sampled" else f"explicit {construction}, {selection}"
+                    axes.plot(mean.index, mean.to_numpy(), color=colour, ls=style, marker=marker, ms=3, lw=1.1,
                               label=f"{label}, m = {m}, ε = {epsilon:g}")  # fmt: skip
             axes.axhline(1, color="black", lw=0.7, ls=":")
             axes.set_yscale("log")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-KINDS = {"sampled": "sampled", "L+1": "explicit L+1", "2L": "explicit 2L"}  # what a row of Tables 3 and 4 is
+from ltx.report.variants import LEAST_SEEDS, with_variants
+
 ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "tanh": "tanh", "sigmoid": "sigmoid"}
-CONSTRUCTIONS = ("L+1", "2L")
 PM = "±"
 
 
@@ -49,7 +49,10 @@ class Table:
 
 
 def _tex(text: str) -> str:
-    return text.replace("%", r"\%").replace(PM, r"$\pm$").replace("–", "--")
+    for sign, command in (("%", r"\%"), (PM, r"$\pm$"), ("–", "--"), ("λ", r"$\lambda$"), ("≤", r"$\leq$"),
+                          ("|S|", "$|S|$")):  # fmt: skip
+        text = text.replace(sign, command)
+    return text
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
@@ -88,12 +91,10 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
     first = results.iloc[0]
     on_paper = first.data == "mnist"
     places = f".{digits}f"
-    for (activation, label), construction in itertools.product(ACTIVATIONS.items(), CONSTRUCTIONS):
-        mine = results[(results.activation == activation) & (results.construction == construction)]
-        if mine.empty:
-            continue
+    for activation, construction, mine in _variants(results):
+        label = ACTIVATIONS[activation]
         theirs = paper[paper.row == activation].set_index("column")
-        target, (mean, half) = float(mine[target_column].iloc[0]), interval(mine[ticket_column])
+        target, (mean, half) = float(mine[target_column].iloc[0]), interval(mine.loc[:, ticket_column])
         row = {"activation": label, "construction": construction}
         number: dict[str, str | float] = dict(row)
         text = dict(row)
@@ -116,7 +117,7 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
         shown.append(text)
     note = (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {first.base_set_size}, epsilon = "
-        f"{first.epsilon:g}, {first.selection} subsets, head: {first['head']}; {first.data}, {first.examples} test "
+        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}; {first.data}, {first.examples} test "
         "images. Explicit tickets, each verified against its source and its target."
     )
     return Table(title, note, pd.DataFrame(numbers), pd.DataFrame(shown))
@@ -128,7 +129,7 @@ def deep_accuracy_table(results: pd.DataFrame) -> Table:
     for activation, kind, mine, theirs in _deep_rows(results, paper_values(3)):
         accuracy = mine.ticket_accuracy
         target, (mean, half) = float(mine.target_accuracy.mean()), interval(accuracy)
-        row = {"activation": ACTIVATIONS[activation], "ticket": KINDS[kind]}
+        row = {"activation": ACTIVATIONS[activation], "ticket": kind if kind == "sampled" else f"explicit {kind}"}
         number: dict[str, str | float] = dict(row)
         text = dict(row)
         for column in ("target", "ticket", "ticket_best_half"):
@@ -166,7 +167,7 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
     for activation, kind, mine, theirs in _deep_rows(results, paper_values(4)):
         target, (mean, half) = float(mine.target_parameters.iloc[0]), interval(mine.ticket_parameters)
         source = float(mine.source_parameters.mean()) if kind != "sampled" else math.nan
-        row = {"activation": ACTIVATIONS[activation], "ticket": KINDS[kind]}
+        row = {"activation": ACTIVATIONS[activation], "ticket": kind if kind == "sampled" else f"explicit {kind}"}
         number: dict[str, str | float] = dict(row)
         text = dict(row)
         number |= dict.fromkeys(("paper_target", "paper_ticket", "paper_ticket_ci95", "paper_ratio"), math.nan)
@@ -199,13 +200,33 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
     )  # fmt: skip
 
 
+def _variants(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(activation, variant, results of that row), in the order of the tables."""
+    named = with_variants(results)
+    for activation in ACTIVATIONS:
+        mine = named.loc[named.activation == activation]
+        for name in dict.fromkeys(mine.variant):
+            yield activation, name, mine.loc[mine.variant == name]
+
+
+def _subsets(results: pd.DataFrame) -> str:
+    """How subsets were chosen, for a note."""
+    plain = [name for name in results.selection.unique() if name != "feedback"]
+    parts = [f"{' and '.join(plain)} subsets"] if plain else []
+    if (results.selection == "feedback").any():
+        parts.append(
+            "with feedback those that lower the error of their row on calibration images, whose parameters are not "
+            "within epsilon of the target's but where there is a bound (λ: share of the variance by which a parameter "
+            f"has to lower the error; variants with at least {LEAST_SEEDS} seeds)"
+        )
+    return "; ".join(parts)
+
+
 def _deep_rows(results: pd.DataFrame, paper: pd.DataFrame):
     """(activation, kind, results of that row, the paper's values for the activation)."""
-    for activation, kind in itertools.product(ACTIVATIONS, KINDS):
-        mine = results[(results.activation == activation) & (results.construction == kind)]
-        if not mine.empty:
-            mine = mine.loc[mine.examples == mine.examples.mode().max()]  # on the same images
-            yield activation, kind, mine, paper[paper.row == activation].set_index("column")
+    for activation, name, found in _variants(results):
+        mine = found.loc[found.examples == found.examples.mode().max()]  # on the same images
+        yield activation, name, mine, paper[paper.row == activation].set_index("column")
 
 
 def _deep_note(results: pd.DataFrame) -> str:
@@ -214,7 +235,7 @@ def _deep_note(results: pd.DataFrame) -> str:
     how = f" (head: {explicit.iloc[0]['head']}, batch norm: {explicit.iloc[0].batch_norm})" if len(explicit) else ""
     return (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds; m = {first.base_set_size}, epsilon = {first.epsilon:g}, "
-        f"{first.selection} subsets. Sampled: no ticket is built, the target's parameters get the errors of random "
+        f"{_subsets(results)}. Sampled: no ticket is built, the target's parameters get the errors of random "
         "subset-sum problems, and an L+1 ticket's parameters are estimated; that is what the paper reports. Explicit: "
         f"masks on a random source, each verified against its source and its target{how}. Fewer than 10000 images are "
         "a fixed random subset, for the target too; the target's parameters are those above epsilon of the layers that "

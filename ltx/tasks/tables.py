@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 
 from ltx.activations import ACTIVATIONS
-from ltx.config import ActivationName, Settings
+from ltx.config import ActivationName, FeedbackSettings, Settings
 from ltx.errors import LtxError
 from ltx.files import write_text
-from ltx.report import deviation, figures, tables
+from ltx.report import deviation, figures, tables, tradeoff
 from ltx.tasks import targets_at
 
 log = logging.getLogger(__name__)
@@ -49,16 +49,20 @@ def run(settings: Settings) -> Path:
         {3: tables.deep_accuracy_table(results), 4: tables.deep_parameter_table(results)} if deep
         else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
     )  # fmt: skip
+    if settings.selection.value == "best":
+        suffix += "-best"
     for number, table in made.items():
         table = replace(table, note=table.note + tables.failure_note(failed))
         print(f"\n{table.title}\n\n{table.markdown}\n")
         for extension, text in (("csv", table.csv), ("md", table.markdown_page), ("tex", table.latex)):
             write_text(folder / f"table{number}{suffix}.{extension}", text)
     network = "-resnet22" if deep else ""
-    plain = results.drop(columns=["settings", "target"])
+    plain = results.drop(columns=["settings", "target"]).dropna(axis=1, how="all")
     write_text(folder / f"results{network}{suffix}.csv", plain.to_csv(index=False))
     if deep:
         _deviation_figure(settings, digests, figure)
+        if (results.selection == "feedback").any():
+            figures.save(tradeoff.figure(results), folder / f"tradeoff{suffix}")
     return folder
 
 
@@ -73,6 +77,8 @@ def _deviation_figure(settings: Settings, digests: set[str], path: Path) -> None
     files = [file for file in firsts if file is not None]  # of a ticket that was evaluated with several limits, one
     for account in _entries(files, settings, digests, any_sums=True):
         layers = account.pop("layers")
+        if account["selection"] == "feedback" and not _plain(account, settings):
+            continue
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
         table = pd.DataFrame(rows)
@@ -88,10 +94,10 @@ def _entries(
 
     Args:
         digests: SHA-256 of the targets that the settings mean, so that those of another training protocol stay out.
-        any_sums: whatever m and epsilon.
+        any_sums: whatever m, epsilon and selection. Those of feedback stand beside `smallest` ones, whatever their m.
     """
-    sums = {} if any_sums else {"base_set_size": settings.m, "epsilon": settings.epsilon}
-    wanted = {"selection": settings.selection.value, **sums}
+    epsilon = {} if any_sums else {"epsilon": settings.epsilon}
+    sums = {} if any_sums else {"base_set_size": settings.m, "selection": settings.selection.value}
     built = {
         "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
     }  # fmt: skip
@@ -100,10 +106,20 @@ def _entries(
         entry = _read(path)
         if entry is None or entry.get("target_sha256") not in digests:
             continue
-        needs = {**wanted, **built} if entry.get("kind") == "explicit" else wanted
+        needs = epsilon | (built if entry.get("kind") == "explicit" else {})
+        if entry.get("selection") != "feedback":
+            needs |= sums
+        elif settings.selection.value == "best" and not any_sums:
+            continue
         if all(entry.get(key) == value for key, value in needs.items()):
             found.append(entry)
     return found
+
+
+def _plain(account: dict, settings: Settings) -> bool:
+    """Whether an account is of feedback as it is by default."""
+    usual = asdict(FeedbackSettings())
+    return account["base_set_size"] == settings.m and all(account[f"feedback_{key}"] == usual[key] for key in usual)
 
 
 def _tickets(settings: Settings) -> Path:

@@ -1,0 +1,57 @@
+"""What a result is called in tables and figures: its construction, and of feedback how subsets were chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+import pandas as pd
+
+from ltx.feedback import IMAGES, Feedback
+
+LEAST_SEEDS = 3  # variants of feedback that fewer seeds were made of are in the CSV and the figure, not in the tables
+_NAMES = {"samples": "N =", "images": "images =", "max_subset": "|S| ≤", "sweeps": "sweeps =", "order": "order"}
+_USUAL = {f.name: f.default for f in fields(Feedback)} | {"images": IMAGES}
+
+
+def variant(result: Mapping[Any, Any], base_set_size: int) -> str:
+    """How a ticket was made, e.g. `L+1, feedback, λ = 0.001`; with its base set size where that is not the usual."""
+    name = str(result["construction"])
+    if result["selection"] != "feedback":
+        return name
+    parts = [name, "feedback"]
+    if result["base_set_size"] != base_set_size:
+        parts.append(f"m = {result['base_set_size']}")
+    if result["feedback_penalty"] > 0:
+        parts.append(f"λ = {result['feedback_penalty']:g}")
+    bound = result["feedback_bound"]
+    if bound is not None and not math.isnan(bound):
+        parts.append(f"bound {bound:g}")
+    for key, text in _NAMES.items():
+        if (value := result[f"feedback_{key}"]) != _USUAL[key]:
+            parts.append(f"{text} {value}" if isinstance(value, str) else f"{text} {value:g}")
+    return ", ".join(parts)
+
+
+def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.DataFrame:
+    """Results with a column `variant`, in the order in which tables show them.
+
+    Args:
+        everything: also variants of feedback with fewer than LEAST_SEEDS seeds, where others have as many.
+    """
+    rest = results[results.selection != "feedback"]
+    usual = int((rest if len(rest) else results).base_set_size.mode()[0])
+    names = [variant(row, usual) for row in results.to_dict("records")]
+    found = results.assign(variant=names)
+    order = ["sampled", "L+1", "2L"]
+    found = found.assign(_place=[order.index(c) for c in found.construction])
+    keys = [k for k in ("feedback_bound", "base_set_size", "feedback_penalty", "seed") if k in found]
+    found = found.sort_values(["_place", "selection", *keys], ascending=[True, False, *[True] * len(keys)],
+                              kind="stable", na_position="first")  # fmt: skip
+    if not everything:
+        seeds = found.groupby(["activation", "variant"]).seed.transform("nunique")
+        few = (found.selection == "feedback") & (seeds < LEAST_SEEDS)
+        found = found[~few | (few.all() and len(rest) == 0)]
+    return cast(pd.DataFrame, found.drop(columns="_place"))

@@ -1,0 +1,260 @@
+"""selection=feedback: subsets chosen by what rows compute on calibration images."""
+
+import json
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import images, small_cnn, small_resnet
+
+from ltx import Feedback, LtxError, Ticket, construct, verify
+from ltx.constructions import choice, feedback
+from ltx.constructions.choice import Signals, Visits, choose
+from ltx.deviation import ticket_deviations
+from ltx.graph import trace
+
+both = pytest.mark.parametrize("construction", ["2L", "L+1"])
+everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
+FEW = Feedback(samples=400)
+
+
+def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=generator) * 2 - 1
+
+    ideal = uniform(groups, samples)
+    signals = Signals.of(ideal[:, None] + 0.2 * uniform(groups, m, samples), ideal)
+    visits = Visits(
+        torch.arange(kinds + 1) * groups,
+        torch.cat([torch.randperm(groups, generator=generator) for _ in range(kinds)]),
+        uniform(kinds * groups),
+    )
+    rows = torch.arange(kinds).repeat_interleave(copies)
+    weights = uniform(len(rows) * groups, m)
+    return signals, visits, rows, weights, uniform(len(rows), samples)
+
+
+@pytest.mark.parametrize(
+    ("bound", "largest", "sweeps", "penalty"),
+    [(np.inf, 3, 1, 0), (np.inf, 3, 2, 0.5), (0.05, 3, 2, 0), (np.inf, 4, 1, 0.1), (np.inf, 1, 2, 0), (0.01, 2, 1, 0)],
+)
+def test_both_kernels_choose_alike(bound, largest, sweeps, penalty):
+    signals, visits, rows, weights, error = random_rows()
+    penalties, other = torch.full((len(rows),), float(penalty)), error.clone()
+    how = (bound, largest, sweeps)
+    ours = choose(signals, visits, rows, weights, weights, error, penalties, bound=bound, largest=largest,
+                  sweeps=sweeps)  # fmt: skip
+    theirs = choice._choose_batched(signals, visits, rows, weights, weights, other, penalties, *how)
+    assert torch.equal(ours[1], theirs[1])
+    assert (bound == np.inf) == (int(ours[1].sum()) == 0)
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(error, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [0, 2])
+@pytest.mark.parametrize("bound", [np.inf, 0.3])
+def test_a_choice_is_the_best_of_all_subsets(penalty, bound):
+    signals, visits, rows, weights, error = random_rows(groups=1, kinds=1, copies=9)
+    before = error.clone()
+    chosen, missed = choose(signals, visits, rows, weights, weights, error, torch.full((9,), float(penalty)),
+                            bound=bound, largest=3, sweeps=1)  # fmt: skip
+    x, theta = signals.slots[0].double(), float(visits.theta[0])
+    for row in range(9):
+        w, e = weights[row].double(), before[row].double() - theta * signals.ideal[0].double()
+        costs = {
+            subset: float((e + w[list(subset)] @ x[list(subset)]).square().sum()) + penalty * len(subset)
+            for size in range(4) for subset in combinations(range(7), size)
+            if abs(float(w[list(subset)].sum()) - theta) <= bound
+        }  # fmt: skip
+        mine = tuple(int(s) for s in chosen[row] if s >= 0)
+        assert (missed[row] > 0) == (not costs)
+        if costs:
+            assert costs[mine] == pytest.approx(min(costs.values()), rel=1e-4)
+            left = float(error[row].double().square().sum()) + penalty * len(mine)
+            assert left == pytest.approx(costs[mine], rel=1e-4)
+
+
+def test_the_error_of_a_row_never_rises_in_a_sweep():
+    errors = []
+    for sweeps in (1, 2, 3, 6):
+        signals, visits, rows, weights, error = random_rows(groups=30, samples=200)
+        choose(signals, visits, rows, weights, weights, error, torch.zeros(len(rows)), bound=np.inf, largest=3,
+               sweeps=sweeps)  # fmt: skip
+        errors.append(error.square().sum(1))
+    assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
+    assert errors[-1].sum() < 0.95 * errors[0].sum()
+    claims = [
+        construct(small_resnet(), base_set_size=8, selection="feedback", calibration=images(64, 8),
+                  feedback=replace(FEW, sweeps=sweeps)).errors["conv"]
+        for sweeps in (1, 2, 3)
+    ]  # fmt: skip
+    assert all((after <= before * (1 + 1e-4))[~after.isnan()].all() for before, after in pairwise(claims))
+
+
+@everywhere
+@both
+@pytest.mark.parametrize("batch_norm", ["keep", "fold"])
+def test_rows_compute_what_the_ticket_claims(activation, construction, batch_norm, tmp_path):
+    model, shown = small_resnet(activation), images(64, 8)
+    graph = trace(model)
+    made = construct(model, construction=construction, base_set_size=8, batch_norm=batch_norm, head="construct",
+                     scaling="layer_max", selection="feedback", calibration=shown, feedback=FEW)  # fmt: skip
+    made.save(tmp_path / "ticket.safetensors")
+    ticket = Ticket.load(tmp_path / "ticket.safetensors")
+    found = verify(ticket, graph, shown)
+    assert found.violations == ()
+    assert found.rows > 0
+    assert found.max_row_error > 0
+    assert found.approximated > 0
+    plain = verify(ticket, graph)  # without the images everything else is checked
+    assert (plain.ok, plain.rows) == (True, 0)
+
+
+@both
+def test_false_claims_are_found(construction):
+    model, shown = small_resnet(), images(64, 8)
+    graph = trace(model)
+    ticket = construct(model, construction=construction, base_set_size=8, selection="feedback", calibration=shown,
+                       feedback=FEW)  # fmt: skip
+    assert "have SHA-256" in verify(ticket, graph, images(64, 8, seed=1)).violations[0]
+    errors = dict(ticket.errors)
+    errors["blocks.0.conv2"] = errors["blocks.0.conv2"] * 0.9
+    assert "the ticket claims" in verify(replace(ticket, errors=errors), graph, shown).violations[0]
+    masks = dict(ticket.masks)  # one entry fewer, in a layer that others read
+    masks["blocks.1.conv1"] = torch.cat([masks["blocks.1.conv1"][:5], masks["blocks.1.conv1"][6:]])
+    assert not verify(replace(ticket, masks=masks), graph, shown).ok
+    stray = dict(ticket.masks)
+    layer = ticket.layer("blocks.1.conv1")
+    weight = graph.layers["blocks.1.conv1"].weight.flatten(2)
+    slot = int((ticket.slots["blocks.1.conv1"] >= 0).nonzero()[0])
+    i, k = (weight[ticket.slots["blocks.1.conv1"][slot]] == 0).nonzero()[0].tolist()
+    columns = ticket.node_labels()[next(n for n in ticket.graph if n.name == "blocks.1.conv1").inputs[0]]
+    column = int((columns == i).nonzero()[0])
+    entry = torch.tensor([slot * layer.row_size + column * layer.taps + k])
+    stray["blocks.1.conv1"] = torch.cat([stray["blocks.1.conv1"], entry]).sort().values
+    assert "keeps parameters where" in verify(replace(ticket, masks=stray), graph, shown).violations[0]
+
+
+def test_slots_deviate_less_than_those_of_the_smallest_subsets():
+    model, graph = (model := small_resnet("tanh", blocks=3, width=4)), trace(model)
+    smallest = construct(model, base_set_size=15, epsilon=0.01)
+    chosen = construct(model, base_set_size=15, epsilon=0.01, selection="feedback", calibration=images(256, 8),
+                       feedback=Feedback())  # fmt: skip
+    unseen = images(64, 8, seed=7)
+    ours, theirs = (ticket_deviations(ticket, graph, unseen) for ticket in (chosen, smallest))
+    behind = [(a.deviation, b.deviation) for a, b in zip(ours, theirs, strict=True)][4:]
+    assert all(a < b for a, b in behind)
+    assert behind[-1][0] < 0.1 * behind[-1][1]
+    assert chosen.parameters < 1.2 * smallest.parameters
+
+
+def test_lambda_trades_size():
+    model, shown = small_resnet(blocks=1, width=4), images(64, 8)
+    sizes = []
+    for penalty in (0.0, 1e-3, 1e-2, 1e-1):
+        made = [
+            construct(model, base_set_size=8, seed=seed, selection="feedback", calibration=shown,
+                      feedback=replace(FEW, penalty=penalty)).parameters
+            for seed in range(3)
+        ]  # fmt: skip
+        sizes.append(sum(made))
+    assert all(after < before for before, after in pairwise(sizes))
+    assert sizes[-1] < 0.5 * sizes[0]
+
+
+@both
+def test_with_a_bound_every_parameter_is_within_it(construction):
+    model, shown = small_resnet(), images(64, 8)
+    ticket = construct(model, construction=construction, base_set_size=16, epsilon=0.01, head="construct",
+                       selection="feedback", calibration=shown, feedback=replace(FEW, bound=0.05))  # fmt: skip
+    found = verify(ticket, trace(model), shown)
+    assert found.ok
+    assert 0.01 < found.max_parameter_error <= 0.05
+    assert ticket.within == 0.05
+    tighter = replace(ticket, feedback=json.dumps(json.loads(ticket.feedback) | {"bound": 0.02}))
+    assert "more than 0.02" in verify(tighter, trace(model)).violations[0]
+
+
+@both
+def test_a_ticket_is_a_function_of_seed_and_images(construction, tmp_path):
+    model, shown = small_cnn("sigmoid"), images(64)
+    made = []
+    for n, seed in enumerate((3, 3, 4)):
+        ticket = construct(model, construction=construction, base_set_size=10, seed=seed, selection="feedback",
+                           calibration=shown, feedback=FEW)  # fmt: skip
+        ticket.save(tmp_path / str(n))
+        made.append((tmp_path / str(n)).read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+@both
+def test_the_batched_kernel_makes_as_good_a_ticket(construction, monkeypatch):
+    """The kernel of a GPU, here on the CPU: rounding decides some ties, and nothing else."""
+    model, shown = small_resnet("sigmoid"), images(64, 8)
+    how = {"construction": construction, "base_set_size": 8, "selection": "feedback", "calibration": shown}
+    ours = construct(model, **how, feedback=FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(feedback, "choose", _batched)
+        theirs = construct(model, **how, feedback=FEW)
+    assert verify(theirs, trace(model), shown).ok
+    first = torch.isin(ours.masks["conv"], theirs.masks["conv"]).double().mean()
+    assert first > 0.98
+    a, b = (torch.cat([t.errors[n] for n in t.errors]).nanmean() for t in (ours, theirs))
+    assert float(a) == pytest.approx(float(b), rel=0.05)
+
+
+def _batched(*tensors, bound, largest, sweeps):
+    return choice._choose_batched(*tensors, bound, largest, sweeps)
+
+
+@pytest.mark.gpu
+@both
+def test_gpu_makes_as_good_a_ticket(construction):
+    model, shown = small_resnet("sigmoid"), images(64, 8)
+    here, there = (
+        construct(model, construction=construction, base_set_size=8, selection="feedback", calibration=shown,
+                  feedback=FEW, device=device) for device in ("cpu", "cuda")
+    )  # fmt: skip
+    assert verify(there, trace(model), shown).ok
+    assert torch.isin(here.masks["conv"], there.masks["conv"]).double().mean() > 0.98
+    a, b = (torch.cat([t.errors[n] for n in t.errors]).nanmean() for t in (here, there))
+    assert float(a) == pytest.approx(float(b), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 0}, "feedback.samples=0: must be at least 1"),
+        ({"sweeps": 0}, "feedback.sweeps=0: must lie between 1 and 100"),
+        ({"max_subset": 5}, "feedback.max_subset=5: must lie between 1 and 4"),
+        ({"penalty": -1.0}, "feedback.penalty=-1.0: must be a number of at least 0"),
+        ({"penalty": float("nan")}, "feedback.penalty=nan"),
+        ({"bound": 0.0}, "feedback.bound=0.0: must be a positive number"),
+        ({"order": "alphabetical"}, "feedback.order=alphabetical"),
+    ],
+)
+def test_settings_without_meaning(settings, message):
+    with pytest.raises(LtxError, match=message.replace(".", r"\.").replace("|", r"\|")):
+        construct(small_cnn("relu"), selection="feedback", calibration=images(), feedback=Feedback(**settings))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"selection": "feedback"}, "needs calibration images"),
+        ({"selection": "smallest", "calibration": images()}, "it alone"),
+        ({"selection": "smallest", "feedback": FEW}, "it alone"),
+        ({"selection": "worst"}, "selection 'worst' is not known; there are smallest, best, feedback"),
+        ({"selection": "feedback", "calibration": torch.full((2, 1, 6, 6), torch.nan)}, "finite"),
+        ({"selection": "feedback", "calibration": torch.zeros(2, 6, 6)}, "must be"),
+        ({"selection": "feedback", "calibration": torch.zeros(0, 1, 6, 6)}, "must be"),
+        ({"selection": "feedback", "calibration": torch.zeros(2, 3, 6, 6)}, "do not fit the network"),
+    ],
+)
+def test_arguments_without_meaning(arguments, message):
+    with pytest.raises(LtxError, match=message):
+        construct(small_cnn("relu"), **arguments)
