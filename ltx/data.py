@@ -134,8 +134,24 @@ def load(name: str, *, train: bool, root: Path | None = None, device: str = "cpu
     """
     spec = dataset_spec(name)
     pixels, labels = spec.read(root or default_root(), train)
-    images = pixels.to(device)
+    return Split(_normalised(spec, pixels.to(device)), labels.to(device))
+
+
+def load_images(name: str, choose: Callable[[int], Tensor], *, root: Path | None = None, device: str = "cpu") -> Tensor:
+    """Some training images, normalised, in the memory of these alone.
+
+    Args:
+        choose: how many there are -> which.
+
+    Raises:
+        DataError: the files are neither there nor reachable, or damaged.
+    """
+    spec = dataset_spec(name)
+    pixels, _ = spec.read(root or default_root(), True)
+    return _normalised(spec, pixels[choose(len(pixels))].to(device))
+
+
+def _normalised(spec: DatasetSpec, images: Tensor) -> Tensor:
     images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
-    mean = torch.tensor(spec.mean, device=device)[:, None, None]
-    std = torch.tensor(spec.std, device=device)[:, None, None]
-    return Split(images.sub_(mean).div_(std), labels.to(device))
+    mean, std = (torch.tensor(part, device=images.device)[:, None, None] for part in (spec.mean, spec.std))
+    return images.sub_(mean).div_(std)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ltx.errors import LtxError
 
-MAX_SUBSET = 4  # elements of a subset: of more there are too many subsets
+MAX_SUBSET = 7  # elements of a subset
 IMAGES = 128  # of a training split, where nobody says how many
 ORDERS = ("random", "largest")
 
@@ -19,10 +19,12 @@ class Feedback:
     samples: positions (image, y, x) at which a row's error is looked at; a vector has one for each image.
     sweeps: how often every subset is chosen; after the first time it is taken out before.
     max_subset: elements of a subset.
-    penalty: lambda. A parameter has to lower the mean square of its row's error by this share of the variance of the
-        target's activations, both measured behind batch norm and behind the sum of a residual block, the variance
-        averaged over the layer's channels.
+    penalty: lambda. A parameter has to lower the mean square error of the layer, averaged over its channels, by this
+        share of the variance of the target's activations, both measured behind batch norm and behind the sum of a
+        residual block. So a parameter of a narrow layer, which few others share an error with, may cost more.
     bound: on the error of every single parameter; None for none.
+    reject: a row is given up, as one with a failing problem is, where its error is so many times the median of the rows
+        that were tried for its channel; None for never. It costs rows of the source, and no parameters.
     order: of a row's parameters, `random` or `largest` first.
     """
 
@@ -31,6 +33,7 @@ class Feedback:
     max_subset: int = 3
     penalty: float = 0.0
     bound: float | None = None
+    reject: float | None = 1.5
     order: str = "random"
 
     def check(self) -> None:
@@ -44,5 +47,7 @@ class Feedback:
             raise LtxError(f"feedback.penalty={self.penalty}: must be a number of at least 0")
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise LtxError(f"feedback.bound={self.bound}: must be a positive number, or null for none")
+        if self.reject is not None and not 1 <= self.reject < math.inf:
+            raise LtxError(f"feedback.reject={self.reject}: must be a number of at least 1, or null for never")
         if self.order not in ORDERS:
             raise LtxError(f"feedback.order={self.order}: is not known; there are {', '.join(ORDERS)}")

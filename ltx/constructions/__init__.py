@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +50,7 @@ def construct(
     feedback: Feedback | None = None,
     device: str = "cpu",
     on_statistics: Callable[[Statistics], None] = lambda _: None,
+    on_layer: Callable[[str], None] = lambda _: None,
 ) -> Ticket:
     """Construct a lottery ticket for a target network.
 
@@ -74,6 +75,7 @@ def construct(
         feedback: its settings.
         device: where the source is computed and the problems are solved, `cpu` or `cuda`. The ticket is the
             same on either; with `feedback` up to ties that rounding decides.
+        on_statistics, on_layer: called at the end, and with the name of every target layer that was gone through.
 
     Raises:
         ConstructionError: an unsupported module, a parameter out of reach, or settings that have no meaning.
@@ -104,7 +106,7 @@ def construct(
         compared = Calibration(walked, calibration, feedback or Feedback(), seed=seed, device=device)
         within = math.inf if compared.settings.bound is None else compared.settings.bound
     builder = TicketBuilder(Plan(base_set_size, epsilon, seed, selection, scaling, device, within), compared)
-    _Walk(walked, builder, construction, head).run(input_range)
+    _Walk(walked, builder, construction, head).run(input_range, on_layer)
     on_statistics(Statistics(builder.problems, builder.failures))
     names = dict.fromkeys(n.activation.name for n in graph.nodes if n.activation is not None)
     return builder.finish(
@@ -131,12 +133,12 @@ class _Walk:
 
         self._open = list(self.streams)  # of which rows may be asked for yet
 
-    def run(self, input_range: tuple[float, float]) -> None:
+    def run(self, input_range: tuple[float, float], on_layer: Callable[[str], None]) -> None:
         lo, hi = input_range
         if not lo < hi:
             raise ConstructionError(f"input_range {input_range}: the first value must be below the second")
         places: dict[str, Place] = {}
-        for node in self.graph.nodes:
+        for position, node in enumerate(self.graph.nodes):
             inputs = [places[name] for name in node.inputs]
             if self.builder.calibration:
                 self.builder.calibration.advance(node)
@@ -146,21 +148,20 @@ class _Walk:
             elif node.op == "layer":
                 beside = {target: place.node for target, place in places.items()}
                 places[node.name] = self._layer(node, inputs[0], beside)
+                on_layer(node.name)
             elif node.op == "output":
                 self._output(inputs[0])
             else:
                 place = self._elementwise(node, inputs)
                 places[node.name] = replace(place, target=node.name, **self._constant(node))
             if self.builder.calibration:
-                self._release(node)
+                self._release(self.graph.nodes[position + 1 :])
 
-    def _release(self, node: Node) -> None:
-        """Free what only rows of streams need that nobody asks for behind `node`."""
+    def _release(self, rest: Sequence[Node]) -> None:
+        """Free what only rows of streams need that nobody behind, in the `rest` of the network, asks for."""
         calibration, stream = self.builder.calibration, self.layout.stream
         assert calibration is not None
-        position = self.graph.nodes.index(node)
-        later = {stream[name] for n in self.graph.nodes[position + 1 :] if n.op in _READERS for name in n.inputs}
-        later |= {stream[n.name] for n in self.graph.nodes[position + 1 :] if n.op not in _READERS}
+        later = {stream[name] for n in rest for name in ([n.name] if n.op not in _READERS else n.inputs)}
         for name in [name for name in self._open if name not in later and self.streams[name].writers]:
             self._open.remove(name)
             for writer in self.streams[name].writers.values():

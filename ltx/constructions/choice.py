@@ -124,51 +124,50 @@ def _products(error, slots, out):
 
 
 @numba.njit(cache=True, fastmath={"contract"})
-def _subsets(single, double, value, theta, bound, largest, best, code):
-    """The subset of least cost in each lane, over all sizes up to `largest`.
+def _subsets(single, double, value, theta, bound, largest, best, code, cost, worth, beyond, index):
+    """The subset of least cost in each lane, over all sizes up to `largest`, in the order of a depth-first search.
 
     single (m, Q): cost of s alone; double (m, m, Q): what s and t cost together beyond; value (m, Q): towards theta.
     best, code (Q,): cost and elements of the empty subset on entry, of the best one on return: element + 1 in each
-    byte of the code, the first in the lowest.
+    byte of the code, the first in the lowest. cost, worth (largest, Q), beyond (largest, m, Q) and index are scratch.
     """
     m, many = single.shape
     free = bound == np.inf
-    pair, pair_value = np.empty(many, np.float32), np.empty(many, np.float32)
-    triple, triple_value = np.empty(many, np.float32), np.empty(many, np.float32)
-    for s in range(m):
-        for q in range(many):
-            take = (single[s, q] < best[q]) & (free | (abs(value[s, q] - theta) <= bound))
-            best[q] = single[s, q] if take else best[q]
-            code[q] = s + 1 if take else code[q]
-        if largest < 2:
-            continue
-        for t in range(s + 1, m):
-            label = (s + 1) | (t + 1) << 8
+    depth = 0  # of the path index[:depth], whose cost and worth are those of depth - 1
+    start = 0
+    label = 0
+    beyond[0] = single
+    while True:
+        for s in range(start, m):  # every subset that has one element more than the path
+            mine = label | (s + 1) << 8 * depth
             for q in range(many):
-                pair[q] = single[s, q] + single[t, q] + double[s, t, q]
-                pair_value[q] = value[s, q] + value[t, q] - theta
-                take = (pair[q] < best[q]) & (free | (abs(pair_value[q]) <= bound))
-                best[q] = pair[q] if take else best[q]
-                code[q] = label if take else code[q]
-            if largest < 3:
-                continue
-            for u in range(t + 1, m):
-                more = label | (u + 1) << 16
-                for q in range(many):
-                    triple[q] = pair[q] + single[u, q] + double[s, u, q] + double[t, u, q]
-                    triple_value[q] = pair_value[q] + value[u, q]
-                    take = (triple[q] < best[q]) & (free | (abs(triple_value[q]) <= bound))
-                    best[q] = triple[q] if take else best[q]
-                    code[q] = more if take else code[q]
-                if largest < 4:
-                    continue
-                for v in range(u + 1, m):
-                    last = more | (v + 1) << 24
-                    for q in range(many):
-                        four = triple[q] + single[v, q] + double[s, v, q] + double[t, v, q] + double[u, v, q]
-                        take = (four < best[q]) & (free | (abs(triple_value[q] + value[v, q]) <= bound))
-                        best[q] = four if take else best[q]
-                        code[q] = last if take else code[q]
+                before = cost[depth - 1, q] if depth else np.float32(0)
+                reached = (worth[depth - 1, q] if depth else np.float32(0)) + value[s, q]
+                total = before + beyond[depth, s, q]
+                take = (total < best[q]) & (free | (abs(reached - theta) <= bound))
+                best[q] = total if take else best[q]
+                code[q] = mine if take else code[q]
+        if depth + 1 < largest and start < m - 1:
+            s = start  # one deeper
+        else:
+            while depth > 0 and index[depth - 1] >= m - 2:
+                depth -= 1
+                label &= (1 << 8 * depth) - 1
+            if depth == 0:
+                return
+            depth -= 1
+            label &= (1 << 8 * depth) - 1
+            s = index[depth] + 1
+        index[depth] = s
+        label |= (s + 1) << 8 * depth
+        for q in range(many):
+            cost[depth, q] = (cost[depth - 1, q] if depth else np.float32(0)) + beyond[depth, s, q]
+            worth[depth, q] = (worth[depth - 1, q] if depth else np.float32(0)) + value[s, q]
+        depth += 1
+        for t in range(s + 1, m):
+            for q in range(many):
+                beyond[depth, t, q] = beyond[depth - 1, t, q] + double[s, t, q]
+        start = s + 1
 
 
 @numba.njit(cache=True, parallel=True, fastmath={"contract"})
@@ -185,6 +184,8 @@ def _choose(
         single, value = np.empty((m, many), np.float32), np.empty((m, many), np.float32)
         double = np.empty((m, m, many), np.float32)
         best, code = np.empty(many, np.float32), np.empty(many, np.int64)
+        cost, reached = np.empty((largest + 1, many), np.float32), np.empty((largest + 1, many), np.float32)
+        beyond, index = np.empty((largest + 1, m, many), np.float32), np.empty(largest + 1, np.int64)
         for sweep in range(sweeps):
             for p in range(begin[kinds[c]], begin[kinds[c] + 1]):
                 g, wanted = group[p], theta[p]
@@ -209,7 +210,9 @@ def _choose(
                             double[s, t, q] = 2 * w[s] * w[t] * gram[g, s, t]
                     best[q] = 0 if abs(wanted) <= bound else np.inf
                     code[q] = 0
-                _subsets(single, double, value, wanted, np.float32(bound), largest, best, code)
+                _subsets(
+                    single, double, value, wanted, np.float32(bound), largest, best, code, cost, reached, beyond, index
+                )
                 for q in range(many):
                     visit = first[r0 + q] + step
                     w, e = weights[visit], mine[q]

@@ -22,6 +22,8 @@ from ltx.constructions.rows import Attempt, BaseSets, Problems, RowSolver
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT
 
+ENOUGH = 5  # rows of a kind to tell what is usual
+
 
 @dataclass(frozen=True)
 class Read:
@@ -47,6 +49,7 @@ class FeedbackSolver:
         self.plain, self.sizes = plain, plain.sizes
         self.layer, self.bases, self.read, self.calibration = layer, bases, read, calibration
         self.errors = torch.empty(0)  # of each slot's row, NaN where there is none
+        self._tried = torch.empty(2, 0)  # errors and kinds of all rows so far
         target = calibration.target
         self._wanted = target[layer.target]
         x = target[read.target]
@@ -103,7 +106,7 @@ class FeedbackSolver:
         for _, theirs, by in self._others:
             there = there + by.to(there)[:, None] * gather(theirs, self._samples.output)
         size = there.var(1, unbiased=False).mean()
-        share = self.calibration.settings.penalty * self._start.shape[1] * size
+        share = self.calibration.settings.penalty * len(scale) * self._start.shape[1] * size
         return share / scale.square()  # infinite where batch norm multiplies by 0
 
     def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
@@ -155,17 +158,31 @@ class FeedbackSolver:
                 sweeps=settings.sweeps,
             )  # fmt: skip
         chosen, missed = chosen.cpu().long(), missed.cpu()
-        good = missed == 0
+        scale = self.read.behind.scale.to(error)[kinds.to(device)].abs()
+        errors = (scale * error.square().mean(1).sqrt()).cpu()
+        good = (missed == 0) & self._usual(errors, kinds)
         entry, place = (chosen.ge(0) & good[which][:, None]).nonzero(as_tuple=True)
         kept_rows, kept_offsets = rows[which[entry]], offsets[entry, chosen[entry, place]]
         if self.bases.paired:
             kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + taps])
         self._run(rows[good], kept_rows, kept_offsets, x, where)
-        scale = self.read.behind.scale.to(error)[kinds.to(device)].abs()
-        self._claim(rows[good], (scale * error.square().mean(1).sqrt()).cpu()[good])
+        self._claim(rows[good], errors[good])
         return Attempt(
             good[back], torch.zeros(len(rows), dtype=torch.float64), missed[back], kept_rows, kept_offsets
         )  # fmt: skip
+
+    def _usual(self, errors: Tensor, kinds: Tensor) -> Tensor:
+        """Which rows are not much worse than most, (n,) bool: those of their kind, or of all where there are few."""
+        self._tried = torch.cat([self._tried, torch.stack([errors, kinds.to(errors)])], 1)
+        limit = self.calibration.settings.reject
+        if limit is None:
+            return torch.ones(len(kinds), dtype=torch.bool)
+        typical = torch.full((len(self.sizes),), float(self._tried[0].median()))
+        for kind in kinds.unique().tolist():
+            mine = self._tried[0, self._tried[1] == kind]
+            if len(mine) >= ENOUGH:
+                typical[kind] = mine.median()
+        return errors <= limit * typical[kinds]
 
     def _inputs(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Values (n, U, ...) of columns, and where a column is among them."""

@@ -12,7 +12,14 @@ import pandas as pd
 from ltx.feedback import IMAGES, Feedback
 
 LEAST_SEEDS = 3  # variants of feedback that fewer seeds were made of are in the CSV and the figure, not in the tables
-_NAMES = {"samples": "N =", "images": "images =", "max_subset": "|S| ≤", "sweeps": "sweeps =", "order": "order"}
+_NAMES = {
+    "reject": "reject =",
+    "samples": "N =",
+    "images": "images =",
+    "max_subset": "|S| ≤",
+    "sweeps": "sweeps =",
+    "order": "order",
+}
 _USUAL = {f.name: f.default for f in fields(Feedback)} | {"images": IMAGES}
 
 
@@ -29,9 +36,11 @@ def variant(result: Mapping[Any, Any], base_set_size: int) -> str:
     bound = result["feedback_bound"]
     if bound is not None and not math.isnan(bound):
         parts.append(f"bound {bound:g}")
+    if result["scaling"] != "unit":
+        parts.append(str(result["scaling"]))
     for key, text in _NAMES.items():
         if (value := result[f"feedback_{key}"]) != _USUAL[key]:
-            parts.append(f"{text} {value}" if isinstance(value, str) else f"{text} {value:g}")
+            parts.append(f"{text} {value:g}" if isinstance(value, int | float) else f"{text} {value}")
     return ", ".join(parts)
 
 

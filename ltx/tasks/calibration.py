@@ -22,11 +22,13 @@ def images(settings: Settings, name: str, *, many: int, seed: int, device: str) 
         DataError: the data are not there.
         LtxError: the training split has not so many.
     """
-    split = data.load(name, train=True, root=settings.data_root)
-    if many > len(split):
-        raise LtxError(f"feedback.images={many}: {name} has {len(split)} training images")
-    chosen = np.random.default_rng([seed, 0]).permutation(len(split))[:many]
-    return split.images[torch.from_numpy(chosen)].to(device)
+
+    def choose(available: int) -> Tensor:
+        if many > available:
+            raise LtxError(f"feedback.images={many}: {name} has {available} training images")
+        return torch.from_numpy(np.random.default_rng([seed, 0]).permutation(available)[:many])
+
+    return data.load_images(name, choose, root=settings.data_root, device=device)
 
 
 def feedback_columns(settings: Mapping) -> dict:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ltx import data, paths
 from ltx.config import Settings
@@ -46,12 +49,13 @@ def run(settings: Settings) -> Path:
     begin = time.perf_counter()
     failure = path.with_name("failure.json")
     try:
-        ticket = construct(
+        with tqdm(total=len(target.graph.layers), desc="construct", unit="layer", disable=None, leave=False) as bar:
+            ticket = construct(
             target.graph, construction=settings.construction.value, base_set_size=settings.m,
             epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
             head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
             input_range=data.dataset_spec(target.data).input_range, device=device, on_statistics=statistics.append,
-            **feedback,
+            on_layer=partial(_advance, bar), **feedback,
         )  # fmt: skip
     except ConstructionError as error:
         # tables say which tickets there are none of
@@ -88,6 +92,11 @@ def run(settings: Settings) -> Path:
         1e6 * seconds / max(problems, 1),
     )  # fmt: skip
     return path
+
+
+def _advance(bar: tqdm, layer: str) -> None:
+    bar.set_postfix_str(layer)
+    bar.update()
 
 
 def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:

@@ -111,6 +111,8 @@ def _entries(
             needs |= sums
         elif settings.selection.value == "best" and not any_sums:
             continue
+        else:
+            needs.pop("scaling")  # rows name it
         if all(entry.get(key) == value for key, value in needs.items()):
             found.append(entry)
     return found
