@@ -30,8 +30,8 @@ class Feedback:
 
     samples: int = 4000
     sweeps: int = 2
-    max_subset: int = 3
-    penalty: float = 0.0
+    max_subset: int = 5
+    penalty: float = 1e-7
     bound: float | None = None
     reject: float | None = 1.5
     order: str = "random"

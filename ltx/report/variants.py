@@ -31,7 +31,7 @@ def variant(result: Mapping[Any, Any], base_set_size: int) -> str:
     parts = [name, "feedback"]
     if result["base_set_size"] != base_set_size:
         parts.append(f"m = {result['base_set_size']}")
-    if result["feedback_penalty"] > 0:
+    if result["feedback_penalty"] != _USUAL["penalty"]:
         parts.append(f"λ = {result['feedback_penalty']:g}")
     bound = result["feedback_bound"]
     if bound is not None and not math.isnan(bound):
