@@ -29,12 +29,13 @@ LAW_NAMES = {"uniform": "$X_k \\sim U[-1, 1]$", "product": "$X_k \\sim U[-1, 1]\
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path` with the suffixes .svg and .png; the same figure gives the same SVG bytes."""
+    """Write `path` with .svg and .png behind its name; the same figure gives the same SVG bytes."""
     written = []
     for suffix, metadata in ((".svg", {"Date": None}), (".png", None)):
-        with matplotlib.rc_context(STYLE), replacing(path.with_suffix(suffix)) as part:
+        whole = path.with_name(path.name + suffix)
+        with matplotlib.rc_context(STYLE), replacing(whole) as part:
             figure.savefig(part, format=suffix[1:], metadata=metadata)
-        written.append(path.with_suffix(suffix))
+        written.append(whole)
     return written
 
 
