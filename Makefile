@@ -49,16 +49,17 @@ paper-tables: mnist-tables resnet-tables  ## Tables 1 to 4 (LTX_DATA says where 
 
 mnist-tables: setup  ## Tables 1 and 2, on MNIST
 	$(LTX) train-target --multirun target=mnist activation=$(ACTIVATIONS) protocol=$(PROTOCOL)
-	$(LTX) construct --multirun experiment=mnist_tables protocol=$(PROTOCOL)
-	$(LTX) verify --multirun experiment=mnist_tables protocol=$(PROTOCOL)
-	$(LTX) eval --multirun experiment=mnist_tables protocol=$(PROTOCOL)
+	for sweep in mnist_tables mnist_feedback; do \
+	  for command in construct verify eval; do \
+	    $(LTX) $$command --multirun experiment=$$sweep protocol=$(PROTOCOL) || exit 1; done; done
 	$(LTX) tables target=mnist protocol=$(PROTOCOL)
 
 resnet-tables: setup  ## Tables 3 and 4, on CIFAR-10: sampled as in the paper, explicit beside it
 	$(LTX) train-target --multirun target=resnet22 activation=$(ACTIVATIONS) protocol=$(PROTOCOL)
 	$(LTX) construct --multirun experiment=resnet22_sampled protocol=$(PROTOCOL)
 	$(LTX) eval --multirun experiment=resnet22_sampled protocol=$(PROTOCOL)
-	for sweep in resnet22_explicit resnet22_epsilon; do \
+	for sweep in resnet22_explicit resnet22_epsilon resnet22_best resnet22_feedback resnet22_feedback_2L \
+	  resnet22_feedback_bound resnet22_tradeoff; do \
 	  for command in construct verify eval; do \
 	    $(LTX) $$command --multirun experiment=$$sweep protocol=$(PROTOCOL) || exit 1; done; done
 	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) m=24 epsilon=0.001 limit=500

@@ -80,7 +80,7 @@ SETTINGS = (
     (
         "experiment",
         "null",
-        "mnist_tables, resnet22_(sampled|explicit|epsilon)",
+        "names in conf/experiment",
         "a ready-made sweep, with --multirun",
         TICKET,
     ),

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from ltx.activations import ACTIVATIONS
-from ltx.config import ActivationName, FeedbackSettings, Settings
+from ltx.config import ActivationName, Settings
 from ltx.errors import LtxError
 from ltx.files import write_text
 from ltx.report import deviation, figures, tables, tradeoff
@@ -77,11 +77,9 @@ def _deviation_figure(settings: Settings, digests: set[str], path: Path) -> None
     files = [file for file in firsts if file is not None]  # of a ticket that was evaluated with several limits, one
     for account in _entries(files, settings, digests, any_sums=True):
         layers = account.pop("layers")
-        if account["selection"] == "feedback" and not _plain(account, settings):
-            continue
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
-        table = pd.DataFrame(rows)
+        table = _plain(pd.DataFrame(rows), settings)
         short = table.drop(columns=["target_sha256", "kind"])
         write_text(path.with_suffix(".csv"), short.to_csv(index=False, float_format="%.5g"))
         figures.save(deviation.figure(table), path)
@@ -118,10 +116,15 @@ def _entries(
     return found
 
 
-def _plain(account: dict, settings: Settings) -> bool:
-    """Whether an account is of feedback as it is by default."""
-    usual = asdict(FeedbackSettings())
-    return account["base_set_size"] == settings.m and all(account[f"feedback_{key}"] == usual[key] for key in usual)
+def _plain(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Of feedback the accounts without a bound and with the usual m, and among these those of the least lambda."""
+    chosen = table.selection == "feedback"
+    if not chosen.any():
+        return table
+    usual = chosen & (table.base_set_size == settings.m) & table.feedback_bound.isna()
+    least = table[usual].groupby(["activation", "construction"]).feedback_penalty.min()
+    pairs = pd.MultiIndex.from_arrays([table.activation, table.construction])
+    return table.loc[~chosen | (usual & (table.feedback_penalty == least.reindex(pairs).to_numpy()))]
 
 
 def _tickets(settings: Settings) -> Path:
