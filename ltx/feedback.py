@@ -25,15 +25,18 @@ class Feedback:
     bound: on the error of every single parameter; None for none.
     reject: a row is given up, as one with a failing problem is, where its error is so many times the median of the rows
         that were tried for its channel; None for never. It costs rows of the source, and no parameters.
+    spread: in L+1 a channel of a stream of c channels has m (C / c)^spread slots, at most 32, where C are those of the
+        widest convolution. Narrow layers have few parameters, and all behind them reads their deviations.
     order: of a row's parameters, `random` or `largest` first.
     """
 
     samples: int = 4000
     sweeps: int = 2
-    max_subset: int = 5
-    penalty: float = 1e-7
+    max_subset: int = 4
+    penalty: float = 1e-6
     bound: float | None = None
     reject: float | None = 1.5
+    spread: float = 0.5
     order: str = "random"
 
     def check(self) -> None:
@@ -49,5 +52,7 @@ class Feedback:
             raise LtxError(f"feedback.bound={self.bound}: must be a positive number, or null for none")
         if self.reject is not None and not 1 <= self.reject < math.inf:
             raise LtxError(f"feedback.reject={self.reject}: must be a number of at least 1, or null for never")
+        if not 0 <= self.spread <= 1:
+            raise LtxError(f"feedback.spread={self.spread}: must lie between 0 and 1")
         if self.order not in ORDERS:
             raise LtxError(f"feedback.order={self.order}: is not known; there are {', '.join(ORDERS)}")

@@ -39,7 +39,7 @@ SETTINGS = (
     ("feedback.samples", "4000", "1 or more", "positions of activations at which a row's error is looked at", TICKET),
     ("feedback.images", "128", "1 or more", "for calibration, unlabelled, of the training split", TICKET),
     ("feedback.sweeps", "2", "1 to 100", "later ones take each subset out and choose again", TICKET),
-    ("feedback.max_subset", "5", "1 to 7", "elements of a subset", TICKET),
+    ("feedback.max_subset", "4", "1 to 7", "elements of a subset", TICKET),
     (
         "feedback.penalty",
         "1e-7",
@@ -49,6 +49,7 @@ SETTINGS = (
     ),
     ("feedback.bound", "null", "positive, null", "on the error of every single parameter", TICKET),
     ("feedback.reject", "1.5", "1 or more, null", "give up rows with so many times the usual error", TICKET),
+    ("feedback.spread", "0.5", "0 to 1", "L+1: more slots where channels are few; 0: m everywhere", TICKET),
     ("feedback.order", "random", "random, largest", "of a row's parameters", TICKET),
     ("theta", "null", "any number, null", "one target for all problems, or uniform on [-1, 1)", ("subset-sum",)),
     ("problems", "100000", "2 to 10**8", "random problems", ("subset-sum", "figures")),

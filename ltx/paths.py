@@ -36,7 +36,8 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
         f = s.feedback
         selection += f"-n{f.samples}-i{f.images}-k{f.max_subset}-s{f.sweeps}-p{f.penalty!r}"
         selection += "" if f.bound is None else f"-b{f.bound!r}"
-        selection += ("" if f.reject is None else f"-r{f.reject!r}") + ("" if f.order == "random" else f"-{f.order}")
+        selection += ("" if f.reject is None else f"-r{f.reject!r}") + (f"-w{f.spread!r}" if f.spread else "")
+        selection += "" if f.order == "random" else f"-{f.order}"
     fold = "-fold" if s.batch_norm.value == "fold" else ""
     name = (
         f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{selection}-{s.head.value}-{s.scaling.value}{fold}"

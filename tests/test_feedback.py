@@ -161,6 +161,15 @@ def test_slots_deviate_less_than_those_of_the_smallest_subsets():
     assert chosen.parameters < 1.2 * smallest.parameters
 
 
+def test_narrow_layers_have_more_slots():
+    model, shown = small_resnet("tanh", blocks=2, width=2), images(64, 8)
+    for spread, most in ((0.0, 8), (0.5, 16), (1.0, 32)):
+        ticket = construct(model, base_set_size=8, selection="feedback", calibration=shown,
+                           feedback=replace(FEW, spread=spread))  # fmt: skip
+        assert verify(ticket, trace(model), shown).ok
+        assert max(int((ticket.slots["conv"] == channel).sum()) for channel in range(2)) == most
+
+
 def test_lambda_trades_size():
     model, shown = small_resnet(blocks=1, width=4), images(64, 8)
     sizes = []
@@ -258,6 +267,8 @@ def test_gpu_makes_as_good_a_ticket(construction):
         ({"penalty": -1.0}, "feedback.penalty=-1.0: must be a number of at least 0"),
         ({"penalty": float("nan")}, "feedback.penalty=nan"),
         ({"bound": 0.0}, "feedback.bound=0.0: must be a positive number"),
+        ({"spread": 2.0}, "feedback.spread=2.0: must lie between 0 and 1"),
+        ({"reject": 0.5}, "feedback.reject=0.5: must be a number of at least 1"),
         ({"order": "alphabetical"}, "feedback.order=alphabetical"),
     ],
 )

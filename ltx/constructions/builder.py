@@ -23,6 +23,7 @@ from ltx.errors import ConstructionError
 from ltx.graph import BatchNorm, Layer, above
 from ltx.liveness import read_channels
 from ltx.source import SourceLayer
+from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import DEAD, Ticket, TicketNode
 
 
@@ -166,6 +167,14 @@ class TicketBuilder:
             name = place.flat if place.flat not in taken else f"{place.node}.flatten"
             self._flattened[place.node] = self.add_node(name, "flatten", (place.node,))
         return self._flattened[place.node]
+
+    def copies(self, stream: Stream) -> int:
+        """How many slots of each channel of a stream a layer reads: m, with feedback more where channels are few."""
+        m = self.plan.base_set_size
+        if self.calibration is None or not self.calibration.settings.spread:
+            return m
+        widest = max(len(layer.weight) for layer in self.calibration.graph.layers.values() if layer.kind == "conv")
+        return min(MAX_BASE_SET_SIZE, max(m, round(m * (widest / stream.width) ** self.calibration.settings.spread)))
 
     @property
     def depth(self) -> int:

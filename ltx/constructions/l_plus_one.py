@@ -24,9 +24,9 @@ from ltx.ticket import CONSTANT
 
 def direct(builder: TicketBuilder, step: Step) -> str:
     """Approximate a target layer by one source layer that reads m slots of each channel; the ticket's node."""
-    m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
     name, target, place = step.name, step.target, step.place
     assert place.stream is not None
+    m, epsilon = builder.copies(place.stream), builder.plan.epsilon
     weight = place.entries(target)
     taken = place.take(above(weight, epsilon).any(0), m, m if step.biased else 0)
     columns, multipliers = taken.slots, torch.ones(taken.slots.shape, dtype=torch.float64)

@@ -14,6 +14,7 @@ from ltx.feedback import IMAGES, Feedback
 LEAST_SEEDS = 3  # variants of feedback that fewer seeds were made of are in the CSV and the figure, not in the tables
 _NAMES = {
     "reject": "reject =",
+    "spread": "spread =",
     "samples": "N =",
     "images": "images =",
     "max_subset": "|S| ≤",
