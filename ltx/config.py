@@ -139,6 +139,10 @@ class Settings:
                 f"{name}={given} has no meaning with construction=sampled: no ticket is built; leave it out",
             )
         _require(
+            self.selection.value == "feedback" or self.feedback == FeedbackSettings(),
+            f"feedback.* has no meaning with selection={self.selection.value}; say selection=feedback",
+        )
+        _require(
             self.selection.value != "feedback" or self.construction.value != "sampled",
             "selection=feedback has no meaning with construction=sampled: no ticket is built; use L+1 or 2L",
         )

@@ -148,7 +148,7 @@ def load_images(name: str, choose: Callable[[int], Tensor], *, root: Path | None
     """
     spec = dataset_spec(name)
     pixels, _ = spec.read(root or default_root(), True)
-    return _normalised(spec, pixels[choose(len(pixels))].to(device))
+    return _normalised(spec, pixels[choose(len(pixels))]).to(device)  # on the CPU: the same bits for every device
 
 
 def _normalised(spec: DatasetSpec, images: Tensor) -> Tensor:

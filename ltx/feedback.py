@@ -26,7 +26,8 @@ class Feedback:
     reject: a row is given up, as one with a failing problem is, where its error is so many times the median of the rows
         that were tried for its channel; None for never. It costs rows of the source, and no parameters.
     spread: in L+1 a channel of a stream of c channels has m (C / c)^spread slots, at most 32, where C are those of the
-        widest convolution. Narrow layers have few parameters, and all behind them reads their deviations.
+        widest convolution (layer, where there is none). Narrow layers have few parameters, and all behind them reads
+        their deviations.
     order: of a row's parameters, `random` or `largest` first.
     """
 

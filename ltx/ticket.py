@@ -217,8 +217,10 @@ class Ticket:
             **scalars, layers=layers, graph=graph, masks=part("mask"), bias_masks=part("bias_mask"),
             slots=part("slots"), given=given, errors=part("error"), feedback=metadata.get("feedback", ""),
         )  # fmt: skip
-        if not ticket.within > 0:
-            raise ValueError(f"feedback {ticket.feedback}")
+        if ticket.feedback:
+            said = json.loads(ticket.feedback)
+            if not (ticket.within > 0 and said["samples"] >= 1 and said["images"] >= 1 and said["images_sha256"]):
+                raise ValueError(f"feedback {ticket.feedback}")
         for layer in layers:
             if layer.name not in ticket.masks or layer.name not in ticket.slots:
                 raise KeyError(f"no '{layer.name}.mask' or '{layer.name}.slots'")

@@ -68,7 +68,13 @@ def test_sampled_errors_are_no_ticket(residual, ltx, command):
 
 def test_feedback_from_construction_to_tables(residual, ltx):
     folder, settings = residual
-    quick = ("selection=feedback", "feedback.images=32", "feedback.samples=200", "feedback.max_subset=2")
+    quick = (
+        "construction=2L",
+        "selection=feedback",
+        "feedback.images=32",
+        "feedback.samples=200",
+        "feedback.max_subset=2",
+    )
     made = ("--multirun", *settings, *quick, "seed=0,1,2")
     assert ltx("construct", *made)[0] == 0
     assert ltx("eval", *made)[0] == 0
@@ -76,7 +82,7 @@ def test_feedback_from_construction_to_tables(residual, ltx):
     assert status == 0
     assert "none within a bound" in err
     assert "rows on the calibration images are as claimed" in err
-    path = next(folder.glob("tickets/*/L+1-*feedback-n200-i32-k2-s2-p1e-06-r1.5-w0.5-*seed1/result.json"))
+    path = next(folder.glob("tickets/*/2L-*feedback-n200-i32-k2-s2-p1e-06-r1.5-w0.5-*seed1/result.json"))
     result = json.loads(path.read_text())
     assert (result["selection"], result["feedback_images"], result["feedback_bound"]) == ("feedback", 32, None)
     assert result["max_parameter_error"] > 0.03
@@ -86,8 +92,8 @@ def test_feedback_from_construction_to_tables(residual, ltx):
     assert ltx("tables", *settings)[0] == 0
     for number in (3, 4):
         page = (folder / "tables" / f"table{number}-digits-m12-eps0.03.md").read_text()
-        assert "explicit L+1, feedback, N = 200, images = 32, |S| ≤ 2 " in page.replace(r"\|", "|")
-        assert "explicit 2L " in page
+        assert "explicit 2L, feedback, N = 200, images = 32, |S| ≤ 2 " in page.replace(r"\|", "|")
+        assert "explicit L+1 " in page
         assert r"$|S|$ $\leq$ 2" in (folder / "tables" / f"table{number}-digits-m12-eps0.03.tex").read_text()
     assert (folder / "tables" / "tradeoff-digits-m12-eps0.03.svg").is_file()
 
@@ -101,4 +107,5 @@ def test_feedback_needs_images_and_a_ticket(residual, ltx):
     assert "feedback.reject=0.5: must be a number of at least 1" in one_line(
         ltx("construct", *settings, "selection=feedback", "feedback.reject=0.5")[2]
     )
+    assert "say selection=feedback" in one_line(ltx("construct", *settings, "feedback.bound=0.01")[2])
     assert "there are smallest, best" in one_line(ltx("subset-sum", "selection=feedback", "problems=10")[2])

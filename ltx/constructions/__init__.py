@@ -74,7 +74,7 @@ def construct(
         calibration: images (n, C, H, W) of the kind that the target was trained on, without labels, for `feedback`.
         feedback: its settings.
         device: where the source is computed and the problems are solved, `cpu` or `cuda`. The ticket is the
-            same on either; with `feedback` up to ties that rounding decides.
+            same on either; with `feedback` another one as good, because rounding decides some ties.
         on_statistics, on_layer: called at the end, and with the name of every target layer that was gone through.
 
     Raises:

@@ -173,7 +173,9 @@ class TicketBuilder:
         m = self.plan.base_set_size
         if self.calibration is None or not self.calibration.settings.spread:
             return m
-        widest = max(len(layer.weight) for layer in self.calibration.graph.layers.values() if layer.kind == "conv")
+        layers = self.calibration.graph.layers.values()
+        widths = [len(layer.weight) for layer in layers if layer.kind == "conv"]
+        widest = max(widths or [len(layer.weight) for layer in layers])
         return min(MAX_BASE_SET_SIZE, max(m, round(m * (widest / stream.width) ** self.calibration.settings.spread)))
 
     @property

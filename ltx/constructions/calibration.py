@@ -54,7 +54,7 @@ class Calibration:
                 f"calibration images {tuple(images.shape)} {images.dtype}: must be (n, C, H, W), floating point, finite"
             )
         self.settings, self.seed, self.device = settings, seed, device
-        self.images = images.to(device, torch.float32)
+        self.images = images.detach().to(device, torch.float32)
         self.graph = graph
         self.target: dict[str, Tensor] = {}
         self.nodes: dict[str, TicketNode] = {}
@@ -236,6 +236,5 @@ def apply_rows(
     dense[rows.to(device), offsets.to(device)] = values.to(device)
     if layer.kind == "linear":
         return x.flatten(1) @ dense.T
-    return torch.nn.functional.conv2d(
-        x, dense.view(many, channels, *layer.shape[2:]), None, layer.stride, layer.padding, layer.dilation
-    )
+    weight = dense.view(many, channels, *layer.shape[2:])
+    return operations.affine(x, weight, None, layer.stride, layer.padding, layer.dilation)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+HELD = 1 << 25  # costs of subsets that the batched kernel holds at a time
 _STRIP = 512  # samples at a time: what is multiplied stays in the first cache
 
 
@@ -255,15 +256,18 @@ def _choose_batched(
                 products = products - wanted[:, None] * signals.cross[g]
             else:
                 products = products - torch.bmm(signals.gram[g], old[:, :, None])[:, :, 0]
-            pairs = w[:, :, None] * signals.gram[g] * w[:, None]  # (n, m, m)
+            pairs = (w[:, :, None] * signals.gram[g] * w[:, None]).flatten(1)  # (n, m m)
             linear = 2 * w * products + penalty[row, None]
-            cost = linear @ members.T + torch.einsum("nst,cs,ct->nc", pairs, members, members)
-            if bound < float("inf"):
-                off = (worth[visit] @ members.T - wanted[:, None]).abs()
-                cost = torch.where(off <= bound, cost, torch.inf)
-            best = cost.argmin(1)
-            failed = cost.gather(1, best[:, None])[:, 0] == torch.inf
-            subset = torch.where(failed[:, None], 0.0, members[best])
+            least, subset = torch.full((len(row),), torch.inf, device=device), torch.zeros(len(row), m, device=device)
+            for some in members.split(max(1, HELD // max(len(row), m * m))):
+                cost = linear @ some.T + pairs @ (some[:, :, None] * some[:, None]).flatten(1).T
+                if bound < float("inf"):
+                    off = (worth[visit] @ some.T - wanted[:, None]).abs()
+                    cost = torch.where(off <= bound, cost, torch.inf)
+                found, best = cost.min(1)
+                subset = torch.where((found < least)[:, None], some[best], subset)
+                least = torch.minimum(least, found)
+            failed = least == torch.inf
             if sweep == 0:
                 missed[row[failed]] += 1
                 error[row] -= wanted[:, None] * signals.ideal[g]

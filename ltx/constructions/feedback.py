@@ -19,9 +19,12 @@ from ltx import source
 from ltx.constructions.calibration import Behind, Calibration, Samples, apply_rows, gather
 from ltx.constructions.choice import Signals, Visits, choose
 from ltx.constructions.rows import Attempt, BaseSets, Problems, RowSolver
+from ltx.errors import ConstructionError
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT
 
+CHUNK = 1 << 23  # entries of the source held at a time
+ROUNDING = 1e-6  # of sums in float32, where parameters have a bound
 ENOUGH = 5  # rows of a kind to tell what is usual
 
 
@@ -106,8 +109,9 @@ class FeedbackSolver:
         for _, theirs, by in self._others:
             there = there + by.to(there)[:, None] * gather(theirs, self._samples.output)
         size = there.var(1, unbiased=False).mean()
+        nothing = torch.full_like(scale, 1e30)  # a parameter of a row that batch norm multiplies by 0 is of no use
         share = self.calibration.settings.penalty * len(scale) * self._start.shape[1] * size
-        return share / scale.square()  # infinite where batch norm multiplies by 0
+        return torch.where(scale == 0, nothing, (share / scale.square()).clamp_max(1e30))
 
     def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
         """Choose subsets for `rows` (n,), each of its kind (n,)."""
@@ -132,8 +136,23 @@ class FeedbackSolver:
     def _attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
         """The same, of rows that are not constant."""
         order = kinds.argsort(stable=True)
-        back = order.argsort()
         rows, kinds = rows[order], kinds[order]
+        columns = self.bases.columns.flatten()
+        x, where = self._inputs(torch.cat([columns, columns + 1]) if self.bases.paired else columns)
+        if self._signals is None and int(self.sizes[kinds].sum()):
+            self._signals = self._read(x, where)
+        limit = max(1, CHUNK // max(1, self.bases.columns.shape[-1]))  # visits whose entries are looked at together
+        parts = (self.sizes[kinds].cumsum(0) - 1).clamp_min(0) // limit
+        cuts = torch.unique_consecutive(parts, return_counts=True)[1].tolist()
+        tried = [self._choose(*pair, x, where) for pair in zip(rows.split(cuts), kinds.split(cuts), strict=True)]
+        good, sums, failures, kept_rows, kept_offsets = (
+            torch.cat(part) for part in zip(*(t.__dict__.values() for t in tried), strict=True)
+        )
+        back = order.argsort()
+        return Attempt(good[back], sums[back], failures[back], kept_rows, kept_offsets)
+
+    def _choose(self, rows: Tensor, kinds: Tensor, x: Tensor, where: Tensor) -> Attempt:
+        """Choose subsets for rows whose kinds ascend."""
         settings, taps, device = self.calibration.settings, self.layer.taps, self.calibration.device
         begin = self._visits.begin
         sizes = (begin[1:] - begin[:-1])[kinds]
@@ -145,21 +164,19 @@ class FeedbackSolver:
             self.layer, self.calibration.seed, rows[which][:, None].expand_as(offsets).to(device), offsets.to(device)
         )
         worth = weights * self.bases.multipliers.to(weights)[(group // taps).to(device)]
-        columns = self.bases.columns.flatten()
-        x, where = self._inputs(torch.cat([columns, columns + 1]) if self.bases.paired else columns)
-        if self._signals is None and len(which):
-            self._signals = self._read(x, where)
-        error = self._error(rows, kinds.to(device))
+        error, beside = self._error(rows, kinds.to(device))
+        if not bool(torch.isfinite(error).all()):
+            raise ConstructionError(f"layer {self.layer.target}: activations on the calibration images are not finite")
         chosen, missed = torch.empty(0, settings.max_subset), torch.zeros(len(rows), dtype=torch.int64)
-        if self._signals is not None:
+        if self._signals is not None and len(which):
             chosen, missed = choose(
                 self._signals, self._visits, kinds, weights, worth, error, self._penalty[kinds.to(device)],
-                bound=math.inf if settings.bound is None else settings.bound, largest=settings.max_subset,
+                bound=math.inf if settings.bound is None else settings.bound - ROUNDING, largest=settings.max_subset,
                 sweeps=settings.sweeps,
             )  # fmt: skip
         chosen, missed = chosen.cpu().long(), missed.cpu()
         scale = self.read.behind.scale.to(error)[kinds.to(device)].abs()
-        errors = (scale * error.square().mean(1).sqrt()).cpu()
+        errors = torch.where(scale == 0, beside, scale * error.square().mean(1).sqrt()).cpu()
         good = (missed == 0) & self._usual(errors, kinds)
         entry, place = (chosen.ge(0) & good[which][:, None]).nonzero(as_tuple=True)
         kept_rows, kept_offsets = rows[which[entry]], offsets[entry, chosen[entry, place]]
@@ -167,9 +184,7 @@ class FeedbackSolver:
             kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + taps])
         self._run(rows[good], kept_rows, kept_offsets, x, where)
         self._claim(rows[good], errors[good])
-        return Attempt(
-            good[back], torch.zeros(len(rows), dtype=torch.float64), missed[back], kept_rows, kept_offsets
-        )  # fmt: skip
+        return Attempt(good, torch.zeros(len(rows), dtype=torch.float64), missed, kept_rows, kept_offsets)
 
     def _usual(self, errors: Tensor, kinds: Tensor) -> Tensor:
         """Which rows are not much worse than most, (n,) bool: those of their kind, or of all where there are few."""
@@ -191,7 +206,11 @@ class FeedbackSolver:
             return torch.empty(0), unique
         where = torch.full((int(unique[-1]) + 1,), -1)
         where[unique] = torch.arange(len(unique))
-        return self.calibration.at(self.read.node, unique), where
+        x = self.calibration.at(self.read.node, unique)
+        unsolved = x.flatten(2)[0, :, 0].isnan() if x.ndim > 2 else x[0].isnan()  # padding of base sets that none reads
+        if bool(unsolved.any()):
+            x[:, unsolved] = 0
+        return x, where
 
     def _read(self, x: Tensor, where: Tensor) -> Signals:
         """What the slots that are read give on the samples."""
@@ -205,15 +224,21 @@ class FeedbackSolver:
             slots[:, tap] = mine.view(sets, m, -1)
         return Signals.of(slots.flatten(0, 1), self._ideals().flatten(0, 1))
 
-    def _error(self, rows: Tensor, kinds: Tensor) -> Tensor:
-        """Errors (len(rows), N) of rows that keep nothing yet: what slots are off beside the layer is theirs too."""
+    def _error(self, rows: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors (len(rows), N) of rows that keep nothing yet: what slots are off beside the layer is theirs too.
+
+        And the root mean square (len(rows),) of what they are off beside, which is left where the layer counts nothing.
+        """
         error = self._start[kinds]
         scale = self.read.behind.scale.to(error)
+        total = torch.zeros_like(error) if self._others else error[:, :1] * 0
         for ours, theirs, by in self._others:
             there = gather(self.calibration.at(ours, rows), self._samples.output)
-            beside = (there - gather(theirs, self._samples.output)[kinds]).nan_to_num(0.0)
-            error += torch.where(scale == 0, 0.0, by.to(scale) / scale)[kinds, None] * beside
-        return error
+            off = (there - gather(theirs, self._samples.output)[kinds]).nan_to_num(0.0)
+            total += by.to(scale)[kinds, None] * off
+        if self._others:
+            error += torch.where(scale == 0, 0.0, 1 / scale)[kinds, None] * total
+        return error, total.square().mean(1).sqrt()
 
     def _run(self, rows: Tensor, kept_rows: Tensor, kept_offsets: Tensor, x: Tensor, where: Tensor) -> None:
         """Outputs of rows that were solved."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ltx.report.variants import LEAST_SEEDS, with_variants
+from ltx.report.variants import LEAST_SEEDS, usual_size, with_variants
 
 ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "tanh": "tanh", "sigmoid": "sigmoid"}
 PM = "±"
@@ -116,7 +116,7 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
         numbers.append(number)
         shown.append(text)
     note = (
-        f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {first.base_set_size}, epsilon = "
+        f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {usual_size(results)}, epsilon = "
         f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}; {first.data}, {first.examples} test "
         "images. Explicit tickets, each verified against its source and its target."
     )
@@ -234,7 +234,7 @@ def _deep_note(results: pd.DataFrame) -> str:
     explicit = results[results.kind == "explicit"]
     how = f" (head: {explicit.iloc[0]['head']}, batch norm: {explicit.iloc[0].batch_norm})" if len(explicit) else ""
     return (
-        f"Mean {PM} 1.96 s / sqrt(n) over n seeds; m = {first.base_set_size}, epsilon = {first.epsilon:g}, "
+        f"Mean {PM} 1.96 s / sqrt(n) over n seeds; m = {usual_size(results)}, epsilon = {first.epsilon:g}, "
         f"{_subsets(results)}. Sampled: no ticket is built, the target's parameters get the errors of random "
         "subset-sum problems, and an L+1 ticket's parameters are estimated; that is what the paper reports. Explicit: "
         f"masks on a random source, each verified against its source and its target{how}. Fewer than 10000 images are "

@@ -41,6 +41,7 @@ def figure(results: pd.DataFrame) -> Figure:
             axes.axhspan(-WITHIN, WITHIN, color="#f0f0f0", lw=0)
             axes.axhline(0, color="black", lw=0.7, ls=":")
             mine = named.loc[named.activation == name]
+            mine = mine.loc[(mine.examples == mine.examples.min()) | (mine.construction == "sampled")]
             for label, (colour, marker, variants) in series.items():
                 points = [mine.loc[mine.variant == variant] for variant in variants]
                 points = sorted((p for p in points if len(p)), key=lambda p: p.ratio.mean())

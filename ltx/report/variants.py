@@ -45,6 +45,12 @@ def variant(result: Mapping[Any, Any], base_set_size: int) -> str:
     return ", ".join(parts)
 
 
+def usual_size(results: pd.DataFrame) -> int:
+    """The base set size that goes without saying: that of most results, feedback left out where there are others."""
+    rest = results[results.selection != "feedback"]
+    return int((rest if len(rest) else results).base_set_size.mode()[0])
+
+
 def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.DataFrame:
     """Results with a column `variant`, in the order in which tables show them.
 
@@ -52,7 +58,7 @@ def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.Data
         everything: also variants of feedback with fewer than LEAST_SEEDS seeds, where others have as many.
     """
     rest = results[results.selection != "feedback"]
-    usual = int((rest if len(rest) else results).base_set_size.mode()[0])
+    usual = usual_size(results)
     names = [variant(row, usual) for row in results.to_dict("records")]
     found = results.assign(variant=names)
     order = ["sampled", "L+1", "2L"]

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pandas as pd
 
 from ltx.activations import ACTIVATIONS
-from ltx.config import ActivationName, Settings
+from ltx.config import ActivationName, FeedbackSettings, Settings
 from ltx.errors import LtxError
 from ltx.files import write_text
 from ltx.report import deviation, figures, tables, tradeoff
@@ -49,8 +49,8 @@ def run(settings: Settings) -> Path:
         {3: tables.deep_accuracy_table(results), 4: tables.deep_parameter_table(results)} if deep
         else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
     )  # fmt: skip
-    if settings.selection.value == "best":
-        suffix += "-best"
+    if settings.selection.value != "smallest":
+        suffix += f"-{settings.selection.value}"
     for number, table in made.items():
         table = replace(table, note=table.note + tables.failure_note(failed))
         print(f"\n{table.title}\n\n{table.markdown}\n")
@@ -122,6 +122,9 @@ def _plain(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     if not chosen.any():
         return table
     usual = chosen & (table.base_set_size == settings.m) & table.feedback_bound.isna()
+    for field in fields(FeedbackSettings):
+        if field.name not in ("penalty", "bound", "max_subset"):
+            usual &= table[f"feedback_{field.name}"] == field.default
     least = table[usual].groupby(["activation", "construction"]).feedback_penalty.min()
     pairs = pd.MultiIndex.from_arrays([table.activation, table.construction])
     return table.loc[~chosen | (usual & (table.feedback_penalty == least.reindex(pairs).to_numpy()))]

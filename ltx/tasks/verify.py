@@ -9,7 +9,8 @@ import math
 from torch import Tensor
 
 from ltx.config import Settings
-from ltx.errors import DataError, LtxError
+from ltx.constructions.calibration import images_sha256
+from ltx.errors import LtxError
 from ltx.tasks import calibration, targets_at
 from ltx.tasks.evaluate import find_ticket
 from ltx.ticket import Ticket
@@ -64,7 +65,11 @@ def _calibration(settings: Settings, ticket: Ticket, target: targets_at.Target |
         return None
     many = json.loads(ticket.feedback)["images"]
     try:
-        return calibration.images(settings, target.data, many=many, seed=ticket.seed, device=settings.torch_device)
-    except DataError as error:
+        found = calibration.images(settings, target.data, many=many, seed=ticket.seed, device=settings.torch_device)
+    except LtxError as error:
         log.info("errors of rows were not measured: %s", error)
         return None
+    if images_sha256(found) != json.loads(ticket.feedback)["images_sha256"]:
+        log.info("errors of rows were not measured: the ticket was made with other images than those of ltx construct")
+        return None
+    return found

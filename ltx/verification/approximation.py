@@ -215,7 +215,8 @@ class Approximation:
             # one slot a channel: a parameter above epsilon is off by `within`, its linearisation by epsilon
             reach = max(1.0, *map(abs, self.copied))
             size = target.weight.abs().flatten(1).double()
-            size = torch.where(size > epsilon, size + epsilon + within, size).sum(1) * reach
+            size = torch.where(size > epsilon, size + epsilon + within, size).sum(1)
+            size = torch.where(size > 0, size * reach, 0.0)
             high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
 

@@ -14,6 +14,8 @@ from ltx.ticket import CONSTANT, Ticket
 
 def structure(ticket: Ticket) -> Iterator[str]:
     """Violations of: indices in range, sorted, unique; widths that fit each other; a source of layers 0, 1, ..."""
+    if bool(ticket.feedback) != (ticket.selection == "feedback"):
+        yield f"selection '{ticket.selection}' {'with' if ticket.feedback else 'without'} settings of feedback"
     if ticket.law != "uniform":
         yield f"law '{ticket.law}' is not known"
     if not (math.isfinite(ticket.epsilon) and ticket.epsilon > 0):
@@ -37,6 +39,11 @@ def structure(ticket: Ticket) -> Iterator[str]:
         if layer.bias != (position == 0):
             yield f"layer {layer.name}: only the first layer of a source has biases, and it has them"
         size = layer.shape[0] * layer.row_size
+        claims = ticket.errors.get(layer.name)
+        if claims is not None and claims.shape != (layer.shape[0],):
+            yield f"{layer.name}.error: has shape {tuple(claims.shape)}, not ({layer.shape[0]},)"
+        if ticket.feedback and layer.role != "copies" and claims is None:
+            yield f"layer {layer.name}: claims no errors of its rows, as a ticket with feedback does"
         yield from _indices(f"{layer.name}.mask", ticket.masks[layer.name], size)
         if layer.name in ticket.bias_masks:
             size = layer.shape[0] if layer.bias else 0
