@@ -5,7 +5,7 @@
 For the kept ResNet-22 of that activation, explicit L+1 tickets, m = 15, seeds 0 to 2. Each row of OUTPUT_DIR's
 calibration-ACTIVATION.csv is a ticket: how far its slots are from the target's activations in the end, on 64 of its
 calibration images and on 64 test images (the gap is overfitting), and how it classifies 500 fixed random test images.
-Rows that are there already are not made again.
+Rows that are there already are not made again, whatever the defaults were then: begin in an empty folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def cases() -> Iterator[tuple[str, str, Feedback, int, str]]:
     """(what is varied, its value, settings, images, origin)"""
     origin = "training images"
     for samples, images in ((250, 8), (500, 16), (1000, 32), (2000, 64), (4000, 128), (8000, 256)):
-        yield "samples", str(samples), replace(USUAL, samples=samples), images, origin
+        yield "samples, images", f"{samples}, {images}", replace(USUAL, samples=samples), images, origin
     for images in (16, 32, 64, 256):
         yield "images", str(images), USUAL, images, origin
     for other in ORIGINS:
@@ -127,7 +127,7 @@ def figure(table: pd.DataFrame, activation: str) -> Figure:
         mine = table.loc[table.varied == name]
         values = list(dict.fromkeys(mine.value))
         means = mine.groupby("value")[["deviation_calibration", "deviation_test", "agreement"]].mean().loc[values]
-        ticks = [value if len(value) < 12 else " ".join(value.split()[:2]) for value in values]
+        ticks = [value if len(value) < 14 else " ".join(value.split()[:2]) for value in values]
         panels[0, column].plot(ticks, means.deviation_calibration, "o-", color="#1b6ca8", label="calibration images")
         panels[0, column].plot(ticks, means.deviation_test, "o-", color="#c8384f", label="test images")
         panels[1, column].plot(ticks, 100 - means.agreement, "o-", color="#2e8b57")

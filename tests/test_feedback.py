@@ -109,7 +109,7 @@ def test_the_error_of_a_row_never_rises_in_a_sweep():
 @both
 @pytest.mark.parametrize("batch_norm", ["keep", "fold"])
 def test_rows_compute_what_the_ticket_claims(activation, construction, batch_norm, tmp_path):
-    model, shown = small_resnet(activation), images(64, 8)
+    model, shown = small_resnet(activation, blocks=1), images(64, 8)
     graph = trace(model)
     made = construct(model, construction=construction, base_set_size=8, batch_norm=batch_norm, head="construct",
                      scaling="layer_max", selection="feedback", calibration=shown, feedback=FEW)  # fmt: skip
