@@ -49,8 +49,7 @@ class Table:
 
 
 def _tex(text: str) -> str:
-    for sign, command in (("%", r"\%"), (PM, r"$\pm$"), ("–", "--"), ("λ", r"$\lambda$"), ("≤", r"$\leq$"),
-                          ("|S|", "$|S|$")):  # fmt: skip
+    for sign, command in (("%", r"\%"), (PM, r"$\pm$"), ("–", "--"), ("λ", r"$\lambda$"), ("≤", r"$\leq$")):
         text = text.replace(sign, command)
     return text
 

@@ -17,7 +17,7 @@ _NAMES = {
     "spread": "spread =",
     "samples": "N =",
     "images": "images =",
-    "max_subset": "|S| ≤",
+    "max_subset": "subsets ≤",
     "sweeps": "sweeps =",
     "order": "order",
 }
