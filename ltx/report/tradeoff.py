@@ -53,6 +53,7 @@ def figure(results: pd.DataFrame) -> Figure:
                     )  # fmt: skip
             axes.set_xscale("log")
             axes.set_yscale("symlog", linthresh=5)
+            axes.set_ylim(-95, 1.5)
             for which in (axes.xaxis, axes.yaxis):
                 which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 which.set_minor_formatter(NullFormatter())
