@@ -42,7 +42,7 @@ SETTINGS = (
     ("feedback.max_subset", "4", "1 to 7", "elements of a subset", TICKET),
     (
         "feedback.penalty",
-        "1e-7",
+        "1.0e-6",
         "0 or more",
         "share of variance by which a parameter has to lower an error",
         TICKET,
