@@ -18,10 +18,13 @@ class Feedback:
 
     samples: positions (image, y, x) at which a row's error is looked at; a vector has one for each image.
     sweeps: how often every subset is chosen; after the first time it is taken out before.
-    max_subset: elements of a subset.
-    penalty: lambda. A parameter has to lower the mean square error of the layer, averaged over its channels, by this
-        share of the variance of the target's activations, both measured behind batch norm and behind the sum of a
-        residual block. So a parameter of a narrow layer, which few others share an error with, may cost more.
+    refine: passes over the row as a whole after the sweeps, in which each entry may give way to any other of the row,
+        of whatever parameter; then the sweeps begin sparse, with ten times the penalty. 0 for none; there are none
+        with a bound.
+    max_subset: elements of a subset, as the sweeps choose it.
+    penalty: lambda. A parameter has to lower the mean square error of the layer, averaged over its slots, by this share
+        of the variance of the target's activations, both measured behind batch norm and behind the sum of a residual
+        block. So a parameter of a layer of few slots, which few others share an error with, may cost more.
     bound: on the error of every single parameter; None for none.
     reject: a row is given up, as one with a failing problem is, where its error is so many times the median of the rows
         that were tried for its channel; None for never. It costs rows of the source, and no parameters.
@@ -33,8 +36,9 @@ class Feedback:
 
     samples: int = 4000
     sweeps: int = 2
-    max_subset: int = 4
-    penalty: float = 1e-6
+    refine: int = 3
+    max_subset: int = 3
+    penalty: float = 5e-8
     bound: float | None = None
     reject: float | None = 1.5
     spread: float = 0.5
@@ -47,6 +51,8 @@ class Feedback:
             if not 1 <= value <= high:
                 limit = f"lie between 1 and {high}" if high < math.inf else "be at least 1"
                 raise LtxError(f"feedback.{name}={value}: must {limit}")
+        if not 0 <= self.refine <= 100:
+            raise LtxError(f"feedback.refine={self.refine}: must lie between 0 and 100")
         if not 0 <= self.penalty < math.inf:
             raise LtxError(f"feedback.penalty={self.penalty}: must be a number of at least 0")
         if self.bound is not None and not 0 < self.bound < math.inf:

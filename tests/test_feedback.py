@@ -11,7 +11,7 @@ from conftest import images, small_cnn, small_resnet
 from torch import nn
 
 from ltx import Feedback, LtxError, Ticket, construct, operations, verify
-from ltx.constructions import choice, feedback
+from ltx.constructions import choice, feedback, refine
 from ltx.constructions.choice import Signals, Visits, choose
 from ltx.deviation import ticket_deviations
 from ltx.graph import trace
@@ -80,7 +80,7 @@ def test_a_choice_is_the_best_of_all_subsets(penalty, bound):
             for size in range(4) for subset in combinations(range(7), size)
             if abs(float(w[list(subset)].sum()) - theta) <= bound
         }  # fmt: skip
-        mine = tuple(int(s) for s in chosen[row] if s >= 0)
+        mine = tuple(chosen[row].nonzero().flatten().tolist())
         assert (missed[row] > 0) == (not costs)
         if costs:
             assert costs[mine] == pytest.approx(min(costs.values()), rel=1e-4)
@@ -99,7 +99,7 @@ def test_the_error_of_a_row_never_rises_in_a_sweep():
     assert errors[-1].sum() < 0.95 * errors[0].sum()
     claims = [
         construct(small_resnet(), base_set_size=8, selection="feedback", calibration=images(64, 8),
-                  feedback=replace(FEW, sweeps=sweeps, reject=None)).errors["conv"]
+                  feedback=replace(FEW, sweeps=sweeps, refine=0, penalty=0.0, reject=None)).errors["conv"]
         for sweeps in (1, 2, 3)
     ]  # fmt: skip
     assert all((after <= before * (1 + 1e-4))[~after.isnan()].all() for before, after in pairwise(claims))
@@ -280,6 +280,7 @@ def test_the_batched_kernel_makes_as_good_a_ticket(construction, monkeypatch):
     ours = construct(model, **how, feedback=FEW)
     with monkeypatch.context() as patch:
         patch.setattr(feedback, "choose", _batched)
+        patch.setattr(feedback, "refine", _refine_batched)
         patch.setattr(feedback, "apply_rows", _dense)
         theirs = construct(model, **how, feedback=FEW)
     assert verify(theirs, trace(model), shown).ok
@@ -298,6 +299,10 @@ def _dense(layer, rows, offsets, values, many, x):
 
 def _batched(*tensors, bound, largest, sweeps):
     return choice._choose_batched(*tensors, bound, largest, sweeps)
+
+
+def _refine_batched(*tensors, passes):
+    refine._refine_batched(*tensors, passes)
 
 
 @pytest.mark.gpu
@@ -319,6 +324,7 @@ def test_gpu_makes_as_good_a_ticket(construction):
     [
         ({"samples": 0}, "feedback.samples=0: must be at least 1"),
         ({"sweeps": 0}, "feedback.sweeps=0: must lie between 1 and 100"),
+        ({"refine": -1}, "feedback.refine=-1: must lie between 0 and 100"),
         ({"max_subset": 8}, "feedback.max_subset=8: must lie between 1 and 7"),
         ({"penalty": -1.0}, "feedback.penalty=-1.0: must be a number of at least 0"),
         ({"penalty": float("nan")}, "feedback.penalty=nan"),

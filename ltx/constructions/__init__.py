@@ -32,6 +32,8 @@ class Statistics:
 
     problems: int  # subset-sum problems solved, those of failed rows included
     failures: int  # problems without a subset within epsilon
+    rows: int  # of the source that were tried, copies of inputs left out
+    given_up: int  # how many of them, for a failure or, with feedback, for an error that is not usual
 
 
 def construct(
@@ -107,7 +109,7 @@ def construct(
         within = math.inf if compared.settings.bound is None else compared.settings.bound
     builder = TicketBuilder(Plan(base_set_size, epsilon, seed, selection, scaling, device, within), compared)
     _Walk(walked, builder, construction, head).run(input_range, on_layer)
-    on_statistics(Statistics(builder.problems, builder.failures))
+    on_statistics(Statistics(builder.problems, builder.failures, builder.rows, builder.given_up))
     names = dict.fromkeys(n.activation.name for n in graph.nodes if n.activation is not None)
     return builder.finish(
         construction=construction,
@@ -171,6 +173,13 @@ class _Walk:
         for name, layers in self.layout.writers.items():
             if name not in self._open and name not in read:
                 calibration.release(layers)
+
+    def _slots(self, name: str) -> int:
+        """How many slots of each channel that a layer writes are read: many where L+1 approximates what reads them."""
+        stream = self.layout.stream
+        readers = [n for n in self.graph.nodes if n.op == "layer" and n.name != self.kept]
+        several = self.construction == "L+1" and any(stream[n.inputs[0]] == stream[name] for n in readers)
+        return self.builder.copies(self.streams[stream[name]]) if several else 1
 
     def _output(self, place: Place) -> None:
         rows: list[int] = []
@@ -250,8 +259,9 @@ class _Walk:
             written = self.builder.add_head(name, place, target, weight, taken.slots[:, 0])
         else:
             step = Step(
-                name, target, place, stream, first=not stream.writers, biased=name in self.layout.needs,
-                constants=self.layout.constants.get(self.layout.stream[name]), beside=beside,
+                name, target, place, stream, self._slots(name), first=not stream.writers,
+                biased=name in self.layout.needs, constants=self.layout.constants.get(self.layout.stream[name]),
+                beside=beside,
             )  # fmt: skip
             if self.construction == "2L" or place.stream is None:
                 written, bound = two_for_one(self.builder, step, pair_activation(self.graph, name))

@@ -105,6 +105,7 @@ class Step:
     target: Layer
     place: Place  # what it reads
     stream: Stream  # what it writes
+    slots: int  # of each channel there that are read
     first: bool  # whether it is the first to write there
     biased: bool  # whether it reads constants
     constants: Constants | None  # how the constant slots of its stream are made
@@ -208,7 +209,7 @@ class TicketBuilder:
             selection="best" if calibration else plan.selection,
         )  # fmt: skip
         if calibration:
-            read = Read(node, step.place.target, calibration.behind(step.name, step.beside))
+            read = Read(node, step.place.target, calibration.behind(step.name, step.beside), step.slots)
             solver = FeedbackSolver(solver, layer, problems, bases, read, calibration)
         step.stream.add(layer.name, Writer(layer, problems, bases, solver, plan.within))
         self._drafts.append(_Draft(layer, inputs, step.stream))
@@ -223,6 +224,16 @@ class TicketBuilder:
     def failures(self) -> int:
         """How many of them had no subset within epsilon."""
         return int(sum(writer.missed.sum() for writer in self._writers()))
+
+    @property
+    def rows(self) -> int:
+        """Source rows that were tried."""
+        return sum(writer.tried for writer in self._writers())
+
+    @property
+    def given_up(self) -> int:
+        """How many of them keep nothing."""
+        return sum(writer.given_up for writer in self._writers())
 
     def _writers(self) -> list[Writer]:
         return [draft.stream.writers[draft.layer.name] for draft in self._drafts if draft.stream is not None]

@@ -66,7 +66,7 @@ def choose(
         sweeps: later ones take each subset out and choose again.
 
     Returns:
-        chosen: (V, largest) int16, elements of the subsets, then -1.
+        members: (V, m) bool: the elements of the subsets.
         missed: (n,) int64: problems without a subset within the bound. Their subset is empty.
     """
     how = (bound, largest, sweeps)
@@ -80,7 +80,9 @@ def choose(
         arrays = (signals.slots, signals.ideal, signals.gram, signals.cross, visits.begin, visits.group, visits.theta,
                   unique, rows, first, weights, worth, error, penalty)  # fmt: skip
         _choose(*(a.contiguous().numpy() for a in arrays), *how, chosen, missed)  # pyright: ignore[reportCallIssue]
-        return torch.from_numpy(chosen), torch.from_numpy(missed)
+        members = torch.zeros(len(weights), weights.shape[1] + 1, dtype=torch.bool)
+        members.scatter_(1, torch.from_numpy(chosen).long() % members.shape[1], True)
+        return members[:, :-1].contiguous(), torch.from_numpy(missed)
     return _choose_batched(signals, visits, kinds, weights, worth, error, penalty, *how)
 
 
@@ -273,10 +275,7 @@ def _choose_batched(
                 error[row] -= wanted[:, None] * signals.ideal[g]
             error[row] += torch.bmm((w * subset - old)[:, None], x)[:, 0]
             chosen[visit] = subset
-    elements = torch.where(chosen > 0, torch.arange(m, device=device), m).sort(1).values[:, :largest]
-    if m < largest:
-        elements = torch.nn.functional.pad(elements, (0, largest - m), value=m)
-    return torch.where(elements < m, elements, -1).to(torch.int16), missed
+    return chosen > 0, missed
 
 
 def _combinations(m: int, size: int, device: torch.device) -> Tensor:

@@ -18,13 +18,15 @@ from torch import Tensor
 from ltx import source
 from ltx.constructions.calibration import Behind, Calibration, Samples, apply_rows, gather
 from ltx.constructions.choice import Signals, Visits, choose
-from ltx.constructions.rows import Attempt, BaseSets, Problems, RowSolver
+from ltx.constructions.refine import Gram, refine
+from ltx.constructions.rows import Attempt, BaseSets, Problems, RowSolver, in_parts
 from ltx.errors import ConstructionError
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT
 
 CHUNK = 1 << 23  # entries of the source held at a time
 ROUNDING = 1e-6  # of sums in float32, where parameters have a bound
+SPARSE = 10.0  # times its penalty: what the sweeps take of a row that is refined afterwards
 ENOUGH = 5  # rows of a kind to tell what is usual
 
 
@@ -35,6 +37,7 @@ class Read:
     node: str  # the ticket's
     target: str  # the target's node
     behind: Behind
+    slots: int  # of each channel that it writes, in the end
 
 
 class FeedbackSolver:
@@ -64,6 +67,7 @@ class FeedbackSolver:
         self._others = [(ours, target[theirs], by) for ours, theirs, by in read.behind.others]
         self._ideal = torch.stack([gather(x, index) for index in self._samples.inputs], 1)  # (C_in, K, N)
         self._signals: Signals | None = None
+        self._gram: Gram | None = None
         self._visits = self._order(problems[:-1])
         self._start = self._before(problems[:-1])
         self._penalty = self._penalties()
@@ -110,7 +114,8 @@ class FeedbackSolver:
             there = there + by.to(there)[:, None] * gather(theirs, self._samples.output)
         size = there.var(1, unbiased=False).mean()
         nothing = torch.full_like(scale, 1e30)  # a parameter of a row that batch norm multiplies by 0 is of no use
-        share = self.calibration.settings.penalty * len(scale) * self._start.shape[1] * size
+        slots = len(scale) * self.read.slots
+        share = self.calibration.settings.penalty * slots * self._start.shape[1] * size
         return torch.where(scale == 0, nothing, (share / scale.square()).clamp_max(1e30))
 
     def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
@@ -141,17 +146,12 @@ class FeedbackSolver:
         x, where = self._inputs(torch.cat([columns, columns + 1]) if self.bases.paired else columns)
         if self._signals is None and int(self.sizes[kinds].sum()):
             self._signals = self._read(x, where)
-        limit = max(1, CHUNK // max(1, self.bases.columns.shape[-1]))  # visits whose entries are looked at together
-        parts = (self.sizes[kinds].cumsum(0) - 1).clamp_min(0) // limit
-        cuts = torch.unique_consecutive(parts, return_counts=True)[1].tolist()
-        tried = [self._choose(*pair, x, where) for pair in zip(rows.split(cuts), kinds.split(cuts), strict=True)]
-        good, sums, failures, kept_rows, kept_offsets = (
-            torch.cat(part) for part in zip(*(t.__dict__.values() for t in tried), strict=True)
-        )
+        limit = CHUNK // max(1, self.bases.columns.shape[-1])  # visits whose entries are looked at together
+        tried = in_parts(lambda some, of: self._solve(some, of, x, where), rows, kinds, self.sizes, limit)
         back = order.argsort()
-        return Attempt(good[back], sums[back], failures[back], kept_rows, kept_offsets)
+        return Attempt(tried.good[back], tried.sums[back], tried.failures[back], tried.rows, tried.offsets)
 
-    def _choose(self, rows: Tensor, kinds: Tensor, x: Tensor, where: Tensor) -> Attempt:
+    def _solve(self, rows: Tensor, kinds: Tensor, x: Tensor, where: Tensor) -> Attempt:
         """Choose subsets for rows whose kinds ascend."""
         settings, taps, device = self.calibration.settings, self.layer.taps, self.calibration.device
         begin = self._visits.begin
@@ -167,19 +167,25 @@ class FeedbackSolver:
         error, beside = self._error(rows, kinds.to(device))
         if not bool(torch.isfinite(error).all()):
             raise ConstructionError(f"layer {self.layer.target}: activations on the calibration images are not finite")
-        chosen, missed = torch.empty(0, settings.max_subset), torch.zeros(len(rows), dtype=torch.int64)
+        chosen, missed = torch.zeros(weights.shape, dtype=torch.bool), torch.zeros(len(rows), dtype=torch.int64)
         if self._signals is not None and len(which):
+            penalty = self._penalty[kinds.to(device)]
+            refined = settings.bound is None and settings.refine > 0
             chosen, missed = choose(
-                self._signals, self._visits, kinds, weights, worth, error, self._penalty[kinds.to(device)],
+                self._signals, self._visits, kinds, weights, worth, error, penalty * (SPARSE if refined else 1),
                 bound=math.inf if settings.bound is None else settings.bound - ROUNDING, largest=settings.max_subset,
                 sweeps=settings.sweeps,
             )  # fmt: skip
-        chosen, missed = chosen.cpu().long(), missed.cpu()
+            if refined:
+                self._gram = self._gram or Gram(self._signals)
+                refine(self._signals, self._gram, self._visits, kinds, weights, chosen, error, penalty,
+                       passes=settings.refine)  # fmt: skip
+        chosen, missed = chosen.cpu(), missed.cpu()
         scale = self.read.behind.scale.to(error)[kinds.to(device)].abs()
         errors = torch.where(scale == 0, beside, scale * error.square().mean(1).sqrt()).cpu()
         good = (missed == 0) & self._usual(errors, kinds)
-        entry, place = (chosen.ge(0) & good[which][:, None]).nonzero(as_tuple=True)
-        kept_rows, kept_offsets = rows[which[entry]], offsets[entry, chosen[entry, place]]
+        entry, place = (chosen & good[which][:, None]).nonzero(as_tuple=True)
+        kept_rows, kept_offsets = rows[which[entry]], offsets[entry, place]
         if self.bases.paired:
             kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + taps])
         self._run(rows[good], kept_rows, kept_offsets, x, where)
@@ -265,4 +271,4 @@ class FeedbackSolver:
 
     def release(self) -> None:
         """Free what further rows would need: there are none."""
-        del self._signals, self._others, self._wanted, self._ideal, self._start
+        del self._signals, self._gram, self._others, self._wanted, self._ideal, self._start

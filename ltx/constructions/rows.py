@@ -5,7 +5,7 @@ When any problem of a row fails, the whole row is given up; no number is looked 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,8 @@ class Problems:
 class RowSolver:
     """Tries rows of one source layer.
 
+    errors (0,): what the rows' functions are off, which nobody looks at here.
+
     Args:
         layer: the source layer; its shape is not used.
         problems: the problems of each kind of row.
@@ -60,7 +62,7 @@ class RowSolver:
         self, layer: SourceLayer, problems: Sequence[Problems], bases: BaseSets, *, seed: int, epsilon: float,
         selection: str, device: str,
     ):  # fmt: skip
-        self.layer, self.bases = layer, bases
+        self.layer, self.bases, self.errors = layer, bases, torch.empty(0)
         self.seed, self.epsilon, self.selection, self.device = seed, epsilon, selection, device
         self.sizes = torch.tensor([len(p) for p in problems], dtype=torch.int64)
         self._begin = self.sizes.cumsum(0) - self.sizes
@@ -70,11 +72,7 @@ class RowSolver:
 
     def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
         """Solve all problems of `rows` (n,), each of its kind (n,)."""
-        limit = max(1, CHUNK // max(1, self.bases.columns.shape[-1]))
-        parts = (self.sizes[kinds].cumsum(0) - 1).clamp_min(0) // limit  # rows whose base values fit into CHUNK
-        cuts = torch.unique_consecutive(parts, return_counts=True)[1].tolist()
-        tried = [self._attempt(*pair) for pair in zip(rows.split(cuts), kinds.split(cuts), strict=True)]
-        return Attempt(*(torch.cat(part) for part in zip(*(t.__dict__.values() for t in tried), strict=True)))
+        return in_parts(self._attempt, rows, kinds, self.sizes, CHUNK // max(1, self.bases.columns.shape[-1]))
 
     def _attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
         counts = self.sizes[kinds]
@@ -100,6 +98,23 @@ class RowSolver:
         if self.bases.paired:
             kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + self.layer.taps])
         return Attempt(good, sums, failures, kept_rows, kept_offsets)
+
+    def release(self) -> None:
+        """No row will be tried any more."""
+
+
+def in_parts(
+    attempt: Callable[[Tensor, Tensor], Attempt], rows: Tensor, kinds: Tensor, sizes: Tensor, limit: int
+) -> Attempt:
+    """Try rows one part after the other, each of at most `limit` problems, or of one row.
+
+    Args:
+        sizes: problems of a row of each kind.
+    """
+    parts = (sizes[kinds].cumsum(0) - 1).clamp_min(0) // max(1, limit)
+    cuts = torch.unique_consecutive(parts, return_counts=True)[1].tolist()
+    tried = [attempt(*pair) for pair in zip(rows.split(cuts), kinds.split(cuts), strict=True)]
+    return Attempt(*(torch.cat(part) for part in zip(*(t.__dict__.values() for t in tried), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,14 @@ class Writer:
         self.asked.index_add_(0, kinds, self._solver.sizes[kinds].double())
         self.missed.index_add_(0, kinds, tried.failures.double())
 
+    @property
+    def tried(self) -> int:
+        return int((self.state != _UNTRIED).sum())
+
+    @property
+    def given_up(self) -> int:
+        return int((self.state == _FAILED).sum())
+
     def kinds(self, channels: Tensor) -> Tensor:
         """Which of the problems are those of a row of these channels."""
         return torch.where(channels == CONSTANT, len(self.problems) - 1, channels)
@@ -81,14 +89,12 @@ class Writer:
 
     def release(self) -> None:
         """No row will be tried any more."""
-        if isinstance(self._solver, FeedbackSolver):
-            self._solver.release()
+        self._solver.release()
 
     def errors(self, slots: int) -> Tensor:
         """Of the rows of so many slots, on calibration images, (slots,) float32; NaN where there is none."""
         found = torch.full((slots,), math.nan)
-        if isinstance(self._solver, FeedbackSolver):
-            found[: len(self._solver.errors)] = self._solver.errors
+        found[: len(self._solver.errors)] = self._solver.errors
         return found
 
     def entries(self) -> tuple[Tensor, Tensor]:

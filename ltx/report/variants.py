@@ -19,6 +19,7 @@ _NAMES = {
     "images": "images =",
     "max_subset": "subsets ≤",
     "sweeps": "sweeps =",
+    "refine": "passes =",
     "order": "order",
 }
 _USUAL = {f.name: f.default for f in fields(Feedback)} | {"images": IMAGES}

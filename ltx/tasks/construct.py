@@ -74,22 +74,22 @@ def run(settings: Settings) -> Path:
         failure.unlink()  # of an earlier try
     seconds = time.perf_counter() - begin
     ticket.save(path)
-    problems, failures = statistics[0].problems, statistics[0].failures
+    made = statistics[0]
     write_json(
         path.with_name("construction.json"),
         {
             "target": str(target.path), "target_sha256": target.digest, "device": device, "seconds": seconds,
-            "problems": problems, "failures": failures, "head": settings.head.value,
+            **asdict(made), "head": settings.head.value,
             "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
             "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip
     log.info(
-        "%s, %s, seed %d: %d parameters of %d in the source; %d subset-sum problems (%.2f %% without a subset) "
-        "in %.2f s, %.1f us each",
+        "%s, %s, seed %d: %d parameters of %d in the source; %d subset-sum problems (%.2f %% without a subset), "
+        "%.1f %% of the rows given up; %.2f s, %.1f us a problem",
         settings.activation.value, settings.construction.value, settings.seed, ticket.parameters,
-        ticket.source_parameters, problems, 100 * failures / max(problems, 1), seconds,
-        1e6 * seconds / max(problems, 1),
+        ticket.source_parameters, made.problems, 100 * made.failures / max(made.problems, 1),
+        100 * made.given_up / max(made.rows, 1), seconds, 1e6 * seconds / max(made.problems, 1),
     )  # fmt: skip
     return path
 
