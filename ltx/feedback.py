@@ -35,7 +35,7 @@ class Feedback:
     """
 
     samples: int = 4000
-    sweeps: int = 2
+    sweeps: int = 4
     refine: int = 3
     max_subset: int = 3
     penalty: float = 5e-8

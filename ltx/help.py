@@ -38,7 +38,7 @@ SETTINGS = (
     ),
     ("feedback.samples", "4000", "1 or more", "positions of activations at which a row's error is looked at", TICKET),
     ("feedback.images", "128", "1 or more", "for calibration, unlabelled, of the training split", TICKET),
-    ("feedback.sweeps", "2", "1 to 100", "later ones take each subset out and choose again", TICKET),
+    ("feedback.sweeps", "4", "1 to 100", "later ones take each subset out and choose again", TICKET),
     ("feedback.refine", "3", "0 to 100", "then passes in which each entry may give way to any other", TICKET),
     ("feedback.max_subset", "3", "1 to 7", "elements of a subset", TICKET),
     (

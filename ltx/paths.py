@@ -34,7 +34,7 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
     selection = s.selection.value
     if selection == "feedback":
         f = s.feedback
-        selection += f"-n{f.samples}-i{f.images}-k{f.max_subset}-s{f.sweeps}-p{f.penalty!r}"
+        selection += f"-n{f.samples}-i{f.images}-k{f.max_subset}-s{f.sweeps}-f{f.refine}-p{f.penalty!r}"
         selection += "" if f.bound is None else f"-b{f.bound!r}"
         selection += ("" if f.reject is None else f"-r{f.reject!r}") + (f"-w{f.spread!r}" if f.spread else "")
         selection += "" if f.order == "random" else f"-{f.order}"

@@ -58,11 +58,13 @@ def cases() -> Iterator[tuple[str, str, Feedback, int, str]]:
         yield "images", str(images), USUAL, images, origin
     for other in ORIGINS:
         yield "origin", other, USUAL, 128, other
-    for sweeps in (1, 2, 3):
+    for sweeps in (1, 2, 4, 8):
         yield "sweeps", str(sweeps), replace(USUAL, sweeps=sweeps), 128, origin
+    for passes in (0, 1, 3, 9):
+        yield "refine", str(passes), replace(USUAL, refine=passes), 128, origin
     for order in ("random", "largest"):
         yield "order", order, replace(USUAL, order=order), 128, origin
-    for largest in (2, 3, 4, 5):
+    for largest in (1, 2, 3, 4):
         yield "max_subset", str(largest), replace(USUAL, max_subset=largest), 128, origin
     for reject in (None, 2.0, 1.5, 1.2):
         yield "reject", str(reject), replace(USUAL, reject=reject), 128, origin

@@ -82,7 +82,7 @@ def test_feedback_from_construction_to_tables(residual, ltx):
     assert status == 0
     assert "none within a bound" in err
     assert "rows on the calibration images are as claimed" in err
-    path = next(folder.glob("tickets/*/2L-*feedback-n200-i32-k2-s2-p1e-06-r1.5-w0.5-*seed1/result.json"))
+    path = next(folder.glob("tickets/*/2L-*feedback-n200-i32-k2-s4-f3-p5e-08-r1.5-w0.5-*seed1/result.json"))
     result = json.loads(path.read_text())
     assert (result["selection"], result["feedback_images"], result["feedback_bound"]) == ("feedback", 32, None)
     assert result["max_parameter_error"] > 0.03
