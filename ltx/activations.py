@@ -2,7 +2,7 @@
 
 On a neighbourhood [-a, a] of 0 an activation phi satisfies |phi(x) - phi_hat(x)| <= eps, where phi_hat(x) =
 slope_pos * x + offset for x >= 0 and slope_neg * x + offset for x < 0 (m_+, m_- and d in the paper). A
-construction needs nothing else of it, so that adding an activation is adding one entry to ACTIVATIONS.
+construction needs nothing else of it, so that adding an activation is adding one entry to FAMILIES.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Activation:
     lipschitz: float  # T
     neighbourhood: Callable[[float], float]  # eps -> a(eps); infinite where phi is exactly piecewise linear
     bounds: Callable[[float, float], tuple[float, float]]  # range of phi over [lo, hi]
+    parameters: tuple[tuple[str, float | str], ...] = ()  # of its family, by the names that PyTorch has for them
 
     @property
     def exact(self) -> bool:
@@ -44,7 +45,7 @@ class Activation:
     @property
     def attributes(self) -> dict:
         """What a ticket's node holds of it; `from_attributes` reads it."""
-        return {"function": self.name} | ({"negative_slope": self.slope_neg} if self.name == "leaky_relu" else {})
+        return {"function": self.name, **dict(self.parameters)}
 
     def value(self, x: float) -> float:
         """phi(x) of a single number, computed in float64."""
@@ -65,10 +66,26 @@ class Activation:
         return self.neighbourhood(lo)
 
 
-def _monotone(fn: Callable[[Tensor], Tensor]) -> Callable[[float, float], tuple[float, float]]:
+@dataclass(frozen=True)
+class Family:
+    """Activations that differ in parameters, and how PyTorch writes them.
+
+    make: parameters, by name -> activation. module: PyTorch's class. names: of the function in torch,
+    torch.nn.functional and of tensors, whose arguments behind x are the parameters in their order.
+    """
+
+    make: Callable[..., Activation]
+    module: type[nn.Module]
+    names: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+
+
+def _range(fn: Callable[[Tensor], Tensor], *turns: float) -> Callable[[float, float], tuple[float, float]]:
+    """Bounds of a function over an interval, which is monotone between its turning points."""
+
     def bounds(lo: float, hi: float) -> tuple[float, float]:
-        out = fn(torch.tensor([lo, hi], dtype=torch.float64))
-        return float(out[0]), float(out[1])
+        out = fn(torch.tensor([lo, hi, *(x for x in turns if lo < x < hi)], dtype=torch.float64))
+        return float(out.min()), float(out.max())
 
     return bounds
 
@@ -77,34 +94,163 @@ def _everywhere(_: float) -> float:
     return math.inf
 
 
+def _check(name: str, holds: bool, why: str) -> None:
+    if not holds:
+        raise LtxError(f"activation '{name}': {why}")
+
+
+def identity() -> Activation:
+    return Activation("identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, _range(lambda x: x))
+
+
+def relu() -> Activation:
+    return Activation("relu", torch.relu, nn.ReLU, 1.0, 0.0, 0.0, 1.0, _everywhere, _range(torch.relu))
+
+
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
-    """Leaky ReLU with any slope below 0."""
+    """Leaky ReLU. With a slope below 0 errors of the two base sets amplify one another, or m_+ + m_- = 0."""
+    _check("leaky_relu", 0 <= negative_slope < math.inf, f"negative_slope {negative_slope:g} must not be negative")
 
     def fn(x: Tensor) -> Tensor:
         return nn.functional.leaky_relu(x, negative_slope)
 
     return Activation(
-        "leaky_relu", fn, lambda: nn.LeakyReLU(negative_slope), 1.0, negative_slope, 0.0,
-        max(1.0, abs(negative_slope)), _everywhere, _monotone(fn),
+        "leaky_relu", fn, lambda: nn.LeakyReLU(negative_slope), 1.0, negative_slope, 0.0, max(1.0, negative_slope),
+        _everywhere, _range(fn), (("negative_slope", negative_slope),),
     )  # fmt: skip
 
 
-# a(eps): |tanh x - x| <= |x|^3 / 3 and |sigmoid x - 1/2 - x/4| <= |x|^3 / 48 (section 2 of the paper)
-ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(
-        "identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, _monotone(lambda x: x)
-    ),
-    "relu": Activation("relu", torch.relu, nn.ReLU, 1.0, 0.0, 0.0, 1.0, _everywhere, _monotone(torch.relu)),
-    "leaky_relu": leaky_relu(),
-    "tanh": Activation(
-        "tanh", torch.tanh, nn.Tanh, 1.0, 1.0, 0.0, 1.0,
-        lambda eps: min((3 * eps) ** (1 / 3), math.pi / 2), _monotone(torch.tanh),
-    ),
-    "sigmoid": Activation(
+def elu(alpha: float = 1.0) -> Activation:
+    """x, and alpha (e^x - 1) below 0, which alpha x exceeds by at most alpha x^2 / 2."""
+    _check("elu", 0 <= alpha < math.inf, f"alpha {alpha:g} must not be negative")
+
+    def fn(x: Tensor) -> Tensor:
+        return nn.functional.elu(x, alpha)
+
+    return Activation(
+        "elu", fn, lambda: nn.ELU(alpha), 1.0, alpha, 0.0, max(1.0, alpha),
+        lambda eps: math.sqrt(2 * eps / alpha) if alpha else math.inf, _range(fn), (("alpha", alpha),),
+    )  # fmt: skip
+
+
+def celu(alpha: float = 1.0) -> Activation:
+    """x, and alpha (e^(x / alpha) - 1) below 0, which x exceeds by at most x^2 / (2 alpha)."""
+    _check("celu", 0 < alpha < math.inf, f"alpha {alpha:g} must be positive")
+
+    def fn(x: Tensor) -> Tensor:
+        return nn.functional.celu(x, alpha)
+
+    return Activation(
+        "celu", fn, lambda: nn.CELU(alpha), 1.0, 1.0, 0.0, 1.0, lambda eps: math.sqrt(2 * alpha * eps), _range(fn),
+        (("alpha", alpha),),
+    )  # fmt: skip
+
+
+SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+
+
+def selu() -> Activation:
+    """ELU times a constant."""
+    steep = SELU_SCALE * SELU_ALPHA
+    return Activation(
+        "selu", nn.functional.selu, nn.SELU, SELU_SCALE, steep, 0.0, steep, lambda eps: math.sqrt(2 * eps / steep),
+        _range(nn.functional.selu),
+    )  # fmt: skip
+
+
+def gelu(approximate: str = "none") -> Activation:
+    """x Phi(x): |x (Phi(x) - 1/2)| <= x^2 / sqrt(2 pi). With approximate="tanh", x/2 (1 + tanh(u)), u the cubic.
+
+    There |x tanh(u) / 2| <= x^2 sqrt(2 / pi) (1 + 0.044715 x^2) / 2, for |x| <= 1.
+    """
+    _check("gelu", approximate in ("none", "tanh"), f"approximate '{approximate}' must be none or tanh")
+    exact = approximate == "none"
+    # slopes of 1/2 at 0; steepest where x^2 = 2: Phi(sqrt 2) + sqrt 2 Phi'(sqrt 2); the tanh form was maximised
+    steepest = (1 + math.erf(1)) / 2 + math.exp(-1) / math.sqrt(math.pi) if exact else 1.12899307
+    turn = -0.7517915246935645 if exact else -0.7524614220710162
+    curve = 1 / math.sqrt(2 * math.pi) * (1.0 if exact else 1.044715)
+
+    def fn(x: Tensor) -> Tensor:
+        return nn.functional.gelu(x, approximate=approximate)
+
+    return Activation(
+        "gelu", fn, lambda: nn.GELU(approximate), 0.5, 0.5, 0.0, steepest,
+        lambda eps: min(math.sqrt(eps / curve), math.inf if exact else 1.0), _range(fn, turn),
+        () if exact else (("approximate", approximate),),
+    )  # fmt: skip
+
+
+def silu() -> Activation:
+    """x sigmoid(x): |x (sigmoid(x) - 1/2)| <= x^2 / 4. Steepest, 1.09984, at 2.39936; least at -1.27846."""
+    return Activation(
+        "silu", nn.functional.silu, nn.SiLU, 0.5, 0.5, 0.0, 1.0998393202, lambda eps: 2 * math.sqrt(eps),
+        _range(nn.functional.silu, -1.278464542761074),
+    )  # fmt: skip
+
+
+def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
+    """log(1 + e^(beta x)) / beta, whose curvature is at most beta / 4.
+
+    PyTorch takes x itself where beta x is beyond the threshold, and jumps there: from 20 on by less than rounding.
+    """
+    _check("softplus", 0 < beta < math.inf, f"beta {beta:g} must be positive")
+    _check("softplus", threshold >= 20, f"with threshold {threshold:g} it jumps; it must be at least 20")
+
+    def fn(x: Tensor) -> Tensor:
+        return nn.functional.softplus(x, beta, threshold)
+
+    return Activation(
+        "softplus", fn, lambda: nn.Softplus(beta, threshold), 0.5, 0.5, math.log(2) / beta, 1.0,
+        lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta), _range(fn),
+        (("beta", beta), ("threshold", threshold)) if (beta, threshold) != (1, 20) else (),
+    )  # fmt: skip
+
+
+def tanh() -> Activation:
+    """|tanh x - x| <= |x|^3 / 3 (section 2 of the paper)."""
+    return Activation(
+        "tanh", torch.tanh, nn.Tanh, 1.0, 1.0, 0.0, 1.0, lambda eps: min((3 * eps) ** (1 / 3), math.pi / 2),
+        _range(torch.tanh),
+    )  # fmt: skip
+
+
+def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
+    """x clipped to [min_val, max_val]: exact within."""
+    _check("hardtanh", min_val < 0 < max_val, f"its range [{min_val:g}, {max_val:g}] must have 0 inside")
+
+    def fn(x: Tensor) -> Tensor:
+        return nn.functional.hardtanh(x, min_val, max_val)
+
+    return Activation(
+        "hardtanh", fn, lambda: nn.Hardtanh(min_val, max_val), 1.0, 1.0, 0.0, 1.0,
+        lambda eps: min(-min_val, max_val) + eps, _range(fn),
+        (("min_val", min_val), ("max_val", max_val)) if (min_val, max_val) != (-1, 1) else (),
+    )  # fmt: skip
+
+
+def sigmoid() -> Activation:
+    """|sigmoid x - 1/2 - x/4| <= |x|^3 / 48 (section 2 of the paper)."""
+    return Activation(
         "sigmoid", torch.sigmoid, nn.Sigmoid, 0.25, 0.25, 0.5, 0.25,
-        lambda eps: min((48 * eps) ** (1 / 3), math.pi), _monotone(torch.sigmoid),
-    ),
-}  # fmt: skip
+        lambda eps: min((48 * eps) ** (1 / 3), math.pi), _range(torch.sigmoid),
+    )  # fmt: skip
+
+
+FAMILIES: dict[str, Family] = {
+    "identity": Family(identity, nn.Identity, ()),
+    "relu": Family(relu, nn.ReLU, ("relu",)),
+    "leaky_relu": Family(leaky_relu, nn.LeakyReLU, ("leaky_relu",), ("negative_slope",)),
+    "tanh": Family(tanh, nn.Tanh, ("tanh",)),
+    "sigmoid": Family(sigmoid, nn.Sigmoid, ("sigmoid",)),
+    "elu": Family(elu, nn.ELU, ("elu",), ("alpha",)),
+    "celu": Family(celu, nn.CELU, ("celu",), ("alpha",)),
+    "selu": Family(selu, nn.SELU, ("selu",)),
+    "gelu": Family(gelu, nn.GELU, ("gelu",), ("approximate",)),
+    "silu": Family(silu, nn.SiLU, ("silu",)),
+    "softplus": Family(softplus, nn.Softplus, ("softplus",), ("beta", "threshold")),
+    "hardtanh": Family(hardtanh, nn.Hardtanh, ("hardtanh",), ("min_val", "max_val")),
+}
+ACTIVATIONS: dict[str, Activation] = {name: family.make() for name, family in FAMILIES.items()}
 
 
 def activation(name: str) -> Activation:
@@ -115,6 +261,14 @@ def activation(name: str) -> Activation:
 
 
 def from_attributes(attributes: dict) -> Activation:
-    """The activation that a ticket's node names."""
-    slope = attributes.get("negative_slope")
-    return activation(attributes["function"]) if slope is None else leaky_relu(slope)
+    """The activation that a ticket's node names.
+
+    Raises:
+        LtxError: an activation or a parameter of it that is not known, or has no meaning.
+    """
+    name = attributes["function"]
+    activation(name)
+    try:
+        return FAMILIES[name].make(**{key: value for key, value in attributes.items() if key != "function"})
+    except TypeError as error:
+        raise LtxError(f"activation '{name}': {error}") from None

@@ -23,7 +23,10 @@ Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
 BatchNorm = Enum("BatchNorm", {"keep": "keep", "fold": "fold"})
 Scope = Enum("Scope", {"local": "local", "global": "global"})
 Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
-ActivationName = Enum("ActivationName", {a: a for a in ("relu", "leaky_relu", "tanh", "sigmoid", "identity")})
+_ACTIVATIONS = (
+    "relu", "leaky_relu", "tanh", "sigmoid", "identity", "elu", "celu", "selu", "gelu", "silu", "softplus", "hardtanh",
+)  # fmt: skip
+ActivationName = Enum("ActivationName", {name: name for name in _ACTIVATIONS})
 
 
 @dataclass

@@ -11,7 +11,7 @@ FILE = ("eval", "verify")
 # key, default, values, meaning, commands that look at it
 SETTINGS = (
     ("target", "mnist", "mnist, resnet22, digits", "network, data and densities together", ALL),
-    ("activation", "relu", "relu, leaky_relu, tanh, sigmoid, identity", "of the target", ALL),
+    ("activation", "relu", "relu, leaky_relu, tanh, sigmoid, gelu, ...", "of the target", ALL),
     ("protocol", "quick", "paper, quick, smoke", "12 x 50, 12 x 2, 2 x 1 rounds x epochs of training", ALL),
     ("protocol.rounds", "12", "1 or more", "pruning steps", TRAIN),
     ("protocol.epochs", "2", "1 or more", "of training after each pruning step", TRAIN),

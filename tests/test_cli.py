@@ -181,7 +181,7 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
     [
         (["prune"], "unknown command 'prune'; there are train-target"),
         (["construct", "colour=red"], "'colour'"),
-        (["construct", "activation=swish"], "expected one of [relu, leaky_relu, tanh, sigmoid, identity]"),
+        (["construct", "activation=swish"], "expected one of [relu, leaky_relu, tanh, sigmoid, identity, elu,"),
         (["construct", "construction=3L"], "expected one of [2L, L+1, sampled]"),
         (["construct", "--fast"], "unknown flag '--fast'"),
         (["construct", "m", "15"], "'m' is no setting; settings are written KEY=VALUE"),

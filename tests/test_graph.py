@@ -84,7 +84,7 @@ class Two(nn.Module):
         (nn.Sequential(nn.Conv2d(2, 2, 3, groups=2)), "module '0' .Conv2d.: only convolutions with groups=1"),
         (nn.Sequential(nn.Conv2d(1, 1, 3, padding_mode="reflect")), "padding_mode='zeros'"),
         (nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), "even kernel"),
-        (nn.Sequential(nn.Conv2d(1, 1, 3), nn.GELU()), "module '1' .GELU.: not supported; there are Conv2d"),
+        (nn.Sequential(nn.Conv2d(1, 1, 3), nn.Softsign()), "module '1' .Softsign.: not supported; there are Conv2d"),
         (nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False)), "without running statistics"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(2)), "average over the whole image"),
         (nn.Sequential(nn.AvgPool2d(2, padding=1)), "module '0' .AvgPool2d.: ceil_mode, padding"),

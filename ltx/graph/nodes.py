@@ -118,6 +118,7 @@ class Graph:
             entry: list = [node.op, [position[name] for name in node.inputs], sorted(node.attributes.items())]
             if node.activation is not None:
                 entry += [node.activation.name, node.activation.slope_neg]
+                entry += [list(pair) for pair in node.activation.parameters if pair[0] != "negative_slope"]
             if node.batch_norm is not None:
                 tensors[f"{node.name}.scale"], tensors[f"{node.name}.shift"] = (
                     node.batch_norm.scale, node.batch_norm.shift,

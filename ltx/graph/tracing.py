@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
-from ltx.activations import ACTIVATIONS, Activation, leaky_relu
-from ltx.errors import ConstructionError
+from ltx.activations import FAMILIES, Activation, Family
+from ltx.errors import ConstructionError, LtxError
 from ltx.evaluation import eval_mode
 from ltx.graph.nodes import BatchNorm, Graph, Layer, Node
 from ltx.targets.masked import Masked
@@ -112,8 +112,6 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
         return Node(name, "layer", inputs, layer=_convolution(name, module))
     if isinstance(module, nn.Linear):
         return Node(name, "layer", inputs, layer=Layer("linear", *_parameters(name, module)))
-    if isinstance(module, nn.LeakyReLU):
-        return Node(name, "activation", inputs, activation=_leaky_relu(name, module.negative_slope))
     if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Identity):
         return None
     if isinstance(module, nn.Flatten):
@@ -138,28 +136,31 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
             "kernel_size": size, "stride": _pair(module.stride or size), "padding": _pair(module.padding)
         }  # fmt: skip
         return Node(name, "max_pool", inputs, attributes=attributes)
-    for activation in ACTIVATIONS.values():
-        if type(module) is type(activation.module()):
-            return Node(name, "activation", inputs, activation=activation)
+    for family in FAMILIES.values():
+        if type(module) is family.module:
+            values = {parameter: getattr(module, parameter) for parameter in family.parameters}
+            return Node(name, "activation", inputs, activation=_activation(name, family, values))
     known = "Conv2d, Linear, BatchNorm2d, Flatten, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, " + ", ".join(
-        type(a.module()).__name__ for a in ACTIVATIONS.values()
+        family.module.__name__ for family in FAMILIES.values()
     )
     raise _refuse(name, type(module).__name__, f"not supported; there are {known}")
 
 
 _FUNCTIONS = {
-    torch.relu: "relu", nn.functional.relu: "relu", "relu": "relu",
-    torch.tanh: "tanh", nn.functional.tanh: "tanh", "tanh": "tanh",
-    torch.sigmoid: "sigmoid", nn.functional.sigmoid: "sigmoid", "sigmoid": "sigmoid",
-}  # fmt: skip
+    function: family
+    for family in FAMILIES.values()
+    for name in family.names
+    for function in (name, getattr(torch, name, name), getattr(nn.functional, name))
+}
 
 
 def _convert_function(node: fx.Node, inputs: tuple[str, ...]) -> Node:
     if node.target in _FUNCTIONS:
-        return Node(node.name, "activation", inputs, activation=ACTIVATIONS[_FUNCTIONS[node.target]])  # type: ignore[index]
-    if node.target is nn.functional.leaky_relu:
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return Node(node.name, "activation", inputs, activation=_leaky_relu(node.name, float(slope)))  # type: ignore[arg-type]
+        family = _FUNCTIONS[node.target]  # type: ignore[index]
+        values = dict(zip(family.parameters, node.args[1:], strict=False)) | {
+            key: value for key, value in node.kwargs.items() if key in family.parameters
+        }  # fmt: skip
+        return Node(node.name, "activation", inputs, activation=_activation(node.name, family, values))
     if node.target in (torch.flatten, "flatten"):
         start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
         end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
@@ -217,11 +218,12 @@ def _convolution(name: str, module: nn.Conv2d) -> Layer:
     return Layer("conv", *_parameters(name, module), _pair(module.stride), padding, dilation)
 
 
-def _leaky_relu(name: str, slope: float) -> Activation:
-    if not 0 <= slope < math.inf:
-        # m_+ + m_- would amplify the errors of the two base sets against each other, or be 0
-        raise _refuse(name, "LeakyReLU", f"negative_slope {slope:g} must not be negative")
-    return leaky_relu(slope)
+def _activation(name: str, family: Family, values: Mapping[str, object]) -> Activation:
+    """The activation of that family with these parameters, the others as usual."""
+    try:
+        return family.make(**values)
+    except LtxError as error:
+        raise _refuse(name, family.module.__name__, str(error).partition(": ")[2]) from None
 
 
 def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:

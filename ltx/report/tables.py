@@ -11,7 +11,11 @@ import pandas as pd
 
 from ltx.report.variants import LEAST_SEEDS, usual_size, with_variants
 
-ACTIVATIONS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "tanh": "tanh", "sigmoid": "sigmoid"}
+ACTIVATIONS = {  # those of the paper, in its order, and the others
+    "relu": "ReLU", "leaky_relu": "Leaky ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "elu": "ELU", "celu": "CELU",
+    "selu": "SELU", "gelu": "GELU", "silu": "SiLU", "softplus": "softplus", "hardtanh": "hardtanh",
+    "identity": "identity",
+}  # fmt: skip
 PM = "±"
 
 

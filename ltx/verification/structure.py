@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ltx.activations import ACTIVATIONS
+from ltx.activations import from_attributes
+from ltx.errors import LtxError
 from ltx.ticket import CONSTANT, Ticket
 
 
@@ -65,9 +66,12 @@ def _graph(ticket: Ticket) -> Iterator[str]:
         if needs is None or not all(a in node.attributes for a in needs):
             yield f"graph: node '{node.name}' has operation '{node.op}' with {sorted(node.attributes)}, not known"
             return
-        if node.op == "activation" and node.attributes["function"] not in ACTIVATIONS:
-            yield f"graph: node '{node.name}' applies '{node.attributes['function']}', not known"
-            return
+        if node.op == "activation":
+            try:
+                from_attributes(node.attributes)
+            except LtxError as error:
+                yield f"graph: node '{node.name}': {error}"
+                return
         reads = {"input": 0, "add": 2}.get(node.op, 1)
         if len(node.inputs) != reads or any(name not in widths for name in node.inputs):
             yield f"graph: node '{node.name}' reads {list(node.inputs)}, which are not there before it"

@@ -74,8 +74,7 @@ def _target_operations(target: Graph) -> list[Operation]:
             continue
         operation: tuple = (node.op,)
         if node.activation is not None:
-            phi = node.activation
-            operation = ("activation", phi.name, phi.slope_neg if phi.name == "leaky_relu" else None)
+            operation = ("activation", *sorted(node.activation.attributes.items()))
         elif node.op in ("max_pool", "avg_pool"):
             operation = (node.op, *_plain(node.attributes), flat)
         elif node.layer is not None:
@@ -137,8 +136,7 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
             operation = (node.attributes["target"], "linear", (), *_PLAIN, node.attributes["taps"], flat)
             result.add(node, node.inputs, *operation, flat=True)
         elif node.op == "activation":
-            attributes = node.attributes
-            operation = ("activation", attributes["function"], attributes.get("negative_slope"))
+            operation = ("activation", *sorted(node.attributes.items()))
             result.add(node, node.inputs, *operation, flat=flat)
         elif node.op in ("max_pool", "avg_pool"):
             result.add(node, node.inputs, node.op, *_plain(node.attributes), flat, flat=flat)
