@@ -1,0 +1,183 @@
+"""What Theorems 3.1 and 3.2 guarantee, and whether it holds."""
+
+import math
+
+import pytest
+import torch
+from conftest import images, small_cnn, small_resnet
+from torch import nn
+
+from ltx import LtxError, construct, theory
+from ltx.constructions import Statistics
+from ltx.graph import run, trace
+
+both = pytest.mark.parametrize("construction", ["2L", "L+1"])
+everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu"])
+
+
+def tiny(construction):
+    """conv, phi, conv with so few parameters that the guaranteed m is within the solver's reach.
+
+    In L+1 the first layer is made m times, so that inputs of both signs and biases would make too many problems.
+    """
+    generator = torch.Generator().manual_seed(0)
+    bias, phi = construction == "2L", nn.ReLU() if construction == "2L" else nn.Tanh()
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=bias), phi, nn.Conv2d(2, 1, 1, bias=bias)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((torch.rand(parameter.shape, generator=generator) * 0.6 + 0.3).mul_(-1))
+    return model
+
+
+@everywhere
+@pytest.mark.parametrize("network", [small_cnn, small_resnet])
+def test_activations_stay_within_their_ranges(network, activation):
+    model = network(activation)
+    graph = trace(model)
+    shown = images(200, 8 if network is small_resnet else 6)
+    bounds = theory.ranges(graph, (-1.0, 1.0))
+    for node, value in run(graph, shown.sign()):  # corners of the box
+        low, high = bounds[node.name]
+        values = value.transpose(0, 1).flatten(1) if node.op != "flatten" and value.ndim > 1 else value.flatten()[None]
+        if len(low) == len(values):
+            assert (values.min(1).values.double() >= low - 1e-5).all()
+            assert (values.max(1).values.double() <= high + 1e-5).all()
+
+
+@both
+@everywhere
+@pytest.mark.parametrize("form", theory.FORMS)
+def test_the_budgets_add_up_to_the_error(construction, activation, form):
+    graph = trace(small_cnn(activation))
+    found = theory.guarantee(graph, 0.5, 0.1, construction=construction, form=form, scaling="layer_max")
+    epsilons = {layer.layer: layer.epsilon for layer in found.layers}
+    bound = theory.ticket_error(graph, epsilons, construction=construction)
+    assert bound == pytest.approx(0.5) if form == "norms" else bound <= 0.5
+
+
+@both
+def test_the_budgets_of_a_residual_network(construction):
+    graph = trace(small_resnet("tanh", blocks=1))
+    found = theory.guarantee(graph, 0.5, 0.1, construction=construction, scaling="layer_max", head="construct")
+    epsilons = {layer.layer: layer.epsilon for layer in found.layers}
+    assert theory.ticket_error(graph, epsilons, construction=construction, head="construct") <= 0.5 * (1 + 1e-9)
+    widths = {layer.layer: layer.width for layer in found.layers}
+    assert all(width > 0 for width in widths.values())
+    assert found.source_parameters > 100 * sum(layer.parameters for layer in found.layers)
+
+
+def test_the_theorem_s_budgets():
+    """epsilon_l = epsilon / prod over s >= l of 3 T N_s in 2L (Theorem 3.1)."""
+    graph = trace(small_cnn("sigmoid"))
+    found = theory.guarantee(graph, 1.0, 0.1, construction="2L", form="theorem", head="construct", scaling="layer_max")
+    product = 1.0
+    for layer, lipschitz in zip(reversed(found.layers), (1.0, 0.25, 0.25), strict=True):
+        product *= 3 * lipschitz * layer.parameters
+        assert layer.epsilon == pytest.approx(1 / product)
+
+
+@both
+def test_no_perturbation_within_epsilon_exceeds_the_error(construction):
+    model = small_cnn("relu")
+    graph = trace(model)
+    found = theory.guarantee(graph, 0.5, 0.1, construction=construction)
+    layers = {layer.layer: layer.epsilon for layer in found.layers}
+    inputs, worst = images(64).sign(), 0.0
+    with torch.no_grad():
+        before = model(inputs)
+        for seed in range(20):
+            generator, other = torch.Generator().manual_seed(seed), small_cnn("relu")
+            for name, epsilon in layers.items():
+                module = other[int(name)]
+                for tensor in (module.weight, module.bias):
+                    kept = tensor.ne(0) & getattr(
+                        module, "weight_mask" if tensor is module.weight else "bias_mask", tensor
+                    ).ne(0)
+                    sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+                    tensor += epsilon * sign * kept
+            worst = max(worst, float((other(inputs) - before).abs().max()))
+    assert 0.001 < worst <= 0.5
+
+
+def guarantee(construction, delta=0.5):
+    return theory.guarantee(trace(tiny(construction)), 3.0, delta, construction=construction, head="construct",
+                            same_size=True)  # fmt: skip
+
+
+def failures(construction, many):
+    """How many of so many sources of the guaranteed width do not hold the ticket."""
+    found, graph, failed = guarantee(construction), trace(tiny(construction)), 0
+    assert found.base_set_size <= 32
+    rows = {layer.layer: layer.copies for layer in found.layers}
+    for seed in range(many):
+        seen: list[Statistics] = []
+        ticket = construct(graph, construction=construction, base_set_size=found.base_set_size, head="construct",
+                           epsilon=found.epsilon, seed=seed, on_statistics=seen.append)  # fmt: skip
+        wide = any(ticket.layer(f"{name}.copies").shape[0] > most for name, most in rows.items() if most)
+        failed += seen[0].given_up > 0 or wide
+        assert seen[0].given_up or seen[0].problems == found.problems
+    return failed
+
+
+@both
+def test_guaranteed_sources_hold_the_ticket(construction):
+    assert failures(construction, 100) <= 0.5 * 100
+
+
+@pytest.mark.slow
+@both
+def test_a_thousand_guaranteed_sources_hold_the_ticket(construction):
+    assert failures(construction, 1000) <= 0.5 * 1000
+
+
+@both
+def test_the_other_way_round(construction):
+    found, graph = guarantee(construction), trace(tiny(construction))
+    delta = theory.failure_probability(graph, found.base_set_size, found.epsilon, construction=construction,
+                                       head="construct")  # fmt: skip
+    assert 0 < delta <= 0.5
+    smaller = [
+        theory.failure_probability(graph, m, 0.01, construction=construction, head="construct") for m in (5, 35, 40, 60)
+    ]
+    assert smaller[0] == 1.0
+    assert smaller[1:] == sorted(smaller[1:], reverse=True)
+    assert smaller[-1] < 0.05
+
+
+def test_rows_of_signs():
+    for m, chance, signs in ((1, 0.5, 2), (5, 0.1, 2), (15, 1e-6, 2), (5, 0.1, 1), (1, 0.9, 1)):
+        n = theory._rows_of_signs(m, chance, signs)
+        enough, fewer = (signs * sum(math.comb(many, k) for k in range(m)) / 2**many for many in (n, n - 1))
+        assert enough <= chance * (1 + 1e-9)
+        assert fewer > chance * (1 - 1e-9) or n == m
+
+
+def test_base_set_sizes():
+    assert theory.base_set_size(0.01, 0.1, 3.0) == math.ceil(3 * math.log(100))
+    assert theory.base_set_size(0.1, 0.01, 3.0) == math.ceil(3 * math.log(100))
+    assert theory.base_set_size(2.0, 1.5, 3.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"error": 0.0}, "error 0 must be a positive number"),
+        ({"delta": 1.0}, "delta 1 must lie between 0 and 1"),
+        ({"uniform": 0.0}, "the constants C, 0 and 6.5, must be positive"),
+        ({"form": "exact"}, "form 'exact' is not known; there are norms, theorem"),
+        ({"construction": "3L"}, "construction '3L' is not known; there are 2L, L\\+1"),
+    ],
+)
+def test_arguments_without_meaning(arguments, message):
+    how = {"error": 1.0, "delta": 0.1, "construction": "2L", **arguments}
+    with pytest.raises(LtxError, match=message):
+        theory.guarantee(trace(small_cnn("relu")), how.pop("error"), how.pop("delta"), **how)
+
+
+def test_parameters_beyond_reach():
+    model = small_cnn("relu")
+    with torch.no_grad():
+        model[0].weight.mul_(5)
+    with pytest.raises(LtxError, match=r"layer 0: a parameter of .* is beyond 1; use scaling=layer_max"):
+        theory.guarantee(trace(model), 1.0, 0.1, construction="2L")
+    assert theory.guarantee(trace(model), 1.0, 0.1, construction="2L", scaling="layer_max").base_set_size > 1
