@@ -19,6 +19,7 @@ COMMANDS = {
     "construct": ("construct", "construct a lottery ticket for a target"),
     "eval": ("evaluate", "evaluate a ticket on test data beside its target"),
     "verify": ("verify", "check that a ticket is a subnetwork of its source and approximates its target"),
+    "bounds": ("bounds", "the source that Theorems 3.1 and 3.2 guarantee a ticket in, beside the one that was used"),
     "subset-sum": ("subset_sum", "statistics of random subset-sum problems"),
     "figures": ("figures", "write the paper's Figures 3 and 4, and how failures fall with m"),
     "bench": ("bench", "measure the subset-sum engine beside other solvers"),

@@ -22,6 +22,7 @@ Head = Enum("Head", {"keep": "keep", "construct": "construct"})
 Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
 BatchNorm = Enum("BatchNorm", {"keep": "keep", "fold": "fold"})
 Scope = Enum("Scope", {"local": "local", "global": "global"})
+BoundsForm = Enum("BoundsForm", {"norms": "norms", "theorem": "theorem"})
 Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
 _ACTIVATIONS = (
     "relu", "leaky_relu", "tanh", "sigmoid", "identity", "elu", "celu", "selu", "gelu", "silu", "softplus", "hardtanh",
@@ -88,6 +89,23 @@ class FeedbackSettings(Feedback):
 
 
 @dataclass
+class BoundsSettings:
+    """What `ltx bounds` guarantees."""
+
+    error: float = 0.1  # largest deviation of an output
+    delta: float = 0.05  # probability that there is no such ticket
+    form: BoundsForm = BoundsForm.norms  # type: ignore[attr-defined]
+    uniform: float = 3.6  # C of Corollary 2.2, of uniform base sets (ltx/theory.py says how it was measured)
+    product: float = 6.5  # the same of products of two
+
+    def check(self) -> None:
+        for name in ("error", "uniform", "product"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"bounds.{name}={value}: must be a positive number")
+        _require(0 < self.delta < 1, f"bounds.delta={self.delta}: must lie between 0 and 1")
+
+
+@dataclass
 class Settings:
     """All settings of a command, after its overrides."""
 
@@ -103,6 +121,7 @@ class Settings:
     head: Head = Head.keep  # type: ignore[attr-defined]
     scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
     batch_norm: BatchNorm = BatchNorm.keep  # type: ignore[attr-defined]
+    bounds: BoundsSettings = field(default_factory=BoundsSettings)
     law: Law = Law.uniform  # type: ignore[attr-defined]
     theta: float | None = None
     problems: int = 100_000
@@ -186,7 +205,7 @@ def settings_from(config: DictConfig) -> Settings:
         raise LtxError(f"settings without a value: {', '.join(sorted(missing))}; give them as KEY=VALUE")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Settings)
-    for part in (settings, settings.target, settings.protocol, settings.feedback):
+    for part in (settings, settings.target, settings.protocol, settings.feedback, settings.bounds):
         part.check()
     return settings
 

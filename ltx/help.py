@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-ALL = ("train-target", "construct", "eval", "verify", "tables")
+ALL = ("train-target", "construct", "eval", "verify", "tables", "bounds")
 SUMS = ("subset-sum", "figures", "bench")
 TRAIN = ("train-target",)
 TICKET = ("construct", "eval", "verify", "tables")
+BUILD = (*TICKET, "bounds")
 FILE = ("eval", "verify")
 
 # key, default, values, meaning, commands that look at it
@@ -25,10 +26,10 @@ SETTINGS = (
     ("target.weight_decay", "0.1", "0 or more", "AdamW's", TRAIN),
     ("target.bound", "0.99", "positive, null", "parameters are kept within it", TRAIN),
     ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", TICKET),
-    ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", TICKET),
+    ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", BUILD),
     ("law", "uniform", "uniform, product, normal", "of the base sets", ("subset-sum", "bench")),
-    ("m", "15", "1 to 32", "base set size", (*TICKET, "subset-sum", "figures")),
-    ("epsilon", "0.01", "positive", "allowed error of one parameter", (*TICKET, *SUMS)),
+    ("m", "15", "1 to 32", "base set size", (*BUILD, "subset-sum", "figures")),
+    ("epsilon", "0.01", "positive", "allowed error of one parameter", (*BUILD, *SUMS)),
     (
         "selection",
         "smallest",
@@ -52,6 +53,17 @@ SETTINGS = (
     ("feedback.reject", "1.5", "1 or more, null", "give up rows with so many times the usual error", TICKET),
     ("feedback.spread", "0.5", "0 to 1", "L+1: more slots where channels are few; 0: m everywhere", TICKET),
     ("feedback.order", "random", "random, largest", "of a row's parameters", TICKET),
+    ("bounds.error", "0.1", "positive", "largest deviation of an output, over all inputs", ("bounds",)),
+    ("bounds.delta", "0.05", "(0, 1)", "probability that the source holds no such ticket", ("bounds",)),
+    (
+        "bounds.form",
+        "norms",
+        "norms, theorem",
+        "with the target's norms, or the paper's counts of parameters",
+        ("bounds",),
+    ),
+    ("bounds.uniform", "3.6", "positive", "C of Corollary 2.2 for uniform base sets", ("bounds",)),
+    ("bounds.product", "6.5", "positive", "the same for products of two", ("bounds",)),
     ("theta", "null", "any number, null", "one target for all problems, or uniform on [-1, 1)", ("subset-sum",)),
     ("problems", "100000", "2 to 10**8", "random problems", ("subset-sum", "figures")),
     ("seconds", "2", "positive", "how long to measure each solver at each m", ("bench",)),
@@ -60,11 +72,11 @@ SETTINGS = (
         "keep",
         "keep, construct",
         "take the classifier from the target, or approximate it (resnet22: construct)",
-        TICKET,
+        BUILD,
     ),
-    ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", TICKET),
+    ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", BUILD),
     ("batch_norm", "keep", "keep, fold", "take batch norm from the target, or fold it into its weights", TICKET),
-    ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*TICKET, *SUMS)),
+    ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*BUILD, *SUMS)),
     ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
     ("limit", "null", "1 or more", "a fixed random subset of the test images", ("eval", "tables")),
     (
@@ -83,7 +95,7 @@ SETTINGS = (
         "false",
         "true, false",
         "do the work again although its result is there",
-        (*ALL, "subset-sum", "figures"),
+        (*TRAIN, *TICKET, "subset-sum", "figures"),
     ),
     (
         "experiment",

@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from conftest import images, small_cnn, small_resnet
@@ -172,6 +173,32 @@ def test_arguments_without_meaning(arguments, message):
     how = {"error": 1.0, "delta": 0.1, "construction": "2L", **arguments}
     with pytest.raises(LtxError, match=message):
         theory.guarantee(trace(small_cnn("relu")), how.pop("error"), how.pop("delta"), **how)
+
+
+@both
+def test_the_command_shows_what_is_guaranteed_beside_what_was_used(construction, ltx, tmp_path):
+    given = ["target=digits", "protocol=smoke"]
+    assert ltx("train-target", *given, output_dir=tmp_path)[0] == 0
+    status, out, _ = ltx("bounds", *given, f"construction={construction}", "bounds.error=1", output_dir=tmp_path)
+    assert status == 0
+    table = pd.read_csv(out.splitlines()[-1])
+    assert list(table.layer) == [0, 2]
+    assert (table.base_set_size > 15).all()
+    assert (table.width * table.copies.clip(lower=1) > table.used_width * table.used_copies).all()
+    assert "holds a ticket within 1 of the target with probability 0.95" in out
+    assert "of which" in out
+
+
+def test_the_command_refuses_what_has_no_meaning(ltx, tmp_path):
+    for given, message in (
+        ("construction=sampled", "construction=sampled has no source; use L+1 or 2L"),
+        ("bounds.delta=1", "bounds.delta=1.0: must lie between 0 and 1"),
+        ("bounds.error=0", "bounds.error=0.0: must be a positive number"),
+    ):
+        status, out, err = ltx("bounds", given, output_dir=tmp_path)
+        assert (status, out) == (1, "")
+        assert message in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_parameters_beyond_reach():

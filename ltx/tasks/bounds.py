@@ -1,0 +1,81 @@
+"""`ltx bounds`: the source that Theorems 3.1 and 3.2 guarantee a ticket in, beside the one a construction uses up."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from ltx import data, theory
+from ltx.config import Settings
+from ltx.constructions import construct
+from ltx.errors import ConstructionError, LtxError
+from ltx.files import write_text
+from ltx.tasks import targets_at
+from ltx.ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> Path:
+    """Print and write a table with a line for each layer of the target; the path of the CSV file."""
+    construction, m, epsilon, b = settings.construction.value, settings.m, settings.epsilon, settings.bounds
+    if construction == "sampled":
+        raise LtxError("construction=sampled has no source; use L+1 or 2L")
+    target = targets_at.load(settings)
+    graph, box = target.graph, data.dataset_spec(target.data).input_range
+    head, scaling = settings.head.value, settings.scaling.value
+    found = theory.guarantee(
+        graph, b.error, b.delta, construction=construction, input_range=box, head=head, scaling=scaling,
+        form=b.form.value, uniform=b.uniform, product=b.product,
+    )  # fmt: skip
+    delta = theory.failure_probability(
+        graph, m, epsilon, construction=construction, input_range=box, head=head, scaling=scaling, uniform=b.uniform,
+        product=b.product,
+    )  # fmt: skip
+    same = {layer.layer: epsilon for layer in found.layers}
+    reach = theory.ticket_error(graph, same, construction=construction, input_range=box, head=head)
+    rows = [asdict(layer) for layer in found.layers]
+    used = "no ticket"
+    try:
+        ticket = construct(
+            graph, construction=construction, base_set_size=m, epsilon=epsilon, seed=settings.seed, head=head,
+            scaling=scaling, input_range=box, device=settings.torch_device,
+        )  # fmt: skip
+        rows = [{**row, **_used(ticket, row["layer"])} for row in rows]
+        used = f"{ticket.source_parameters:,} parameters, of which {ticket.parameters:,} are kept"
+    except ConstructionError as error:
+        log.info("m=%d, epsilon=%g: %s", m, epsilon, error)
+    table = pd.DataFrame(rows)
+    name = target.path.parent.name if target.path.name == "target.safetensors" else target.path.stem
+    made = f"{construction}-m{m}-eps{epsilon!r}-error{b.error!r}-delta{b.delta!r}-{b.form.value}"
+    path = Path(settings.output_dir) / "bounds" / f"{name}-{made}.csv"
+    write_text(path, table.to_csv(index=False))
+    shown = table.rename(columns=_TITLES).map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
+    print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
+    print(
+        f"Guaranteed: a source of {float(found.source_parameters):.3g} parameters ({found.problems:,} subset sums, m "
+        f"up to {found.base_set_size})\nholds a ticket within {b.error:g} of the target with probability {1 - b.delta:g}.\n"
+        f"Used: m={m}, epsilon={epsilon:g}, seed {settings.seed}: {used}.\n"
+        f"With m={m} and epsilon={epsilon:g} no row fails with a probability of at least {1 - delta:.3g}; where every\n"
+        f"parameter is within epsilon, no output is off by more than {reach:.3g}.\n"
+    )
+    return path
+
+
+_TITLES = {
+    "parameters": "N", "largest_input": "largest input", "allowed": "may deviate", "slots": "slots",
+    "problems": "subset sums", "base_set_size": "m", "copies": "rows of copies", "width": "rows",
+    "source_parameters": "source parameters", "used_copies": "copies used", "used_width": "rows used",
+}  # fmt: skip
+
+
+def _used(ticket: Ticket, name: str) -> dict[str, int]:
+    """Rows of the source that the construction used up for a layer of the target."""
+    mine = [layer for layer in ticket.layers if layer.target == name]
+    return {
+        "used_copies": sum(layer.shape[0] for layer in mine if layer.role == "copies"),
+        "used_width": sum(layer.shape[0] for layer in mine if layer.role != "copies"),
+    }
