@@ -57,7 +57,8 @@ def run(settings: Settings) -> Path:
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
     print(
         f"Guaranteed: a source of {float(found.source_parameters):.3g} parameters ({found.problems:,} subset sums, m "
-        f"up to {found.base_set_size})\nholds a ticket within {b.error:g} of the target with probability {1 - b.delta:g}.\n"
+        f"up to {found.base_set_size})\n"
+        f"holds a ticket within {b.error:g} of the target with probability {1 - b.delta:g}.\n"
         f"Used: m={m}, epsilon={epsilon:g}, seed {settings.seed}: {used}.\n"
         f"With m={m} and epsilon={epsilon:g} no row fails with a probability of at least {1 - delta:.3g}; where every\n"
         f"parameter is within epsilon, no output is off by more than {reach:.3g}.\n"
