@@ -29,7 +29,8 @@ class Activation:
     offset: float  # d = phi(0)
     lipschitz: float  # T
     neighbourhood: Callable[[float], float]  # eps -> a(eps); infinite where phi is exactly piecewise linear
-    bounds: Callable[[float, float], tuple[float, float]]  # range of phi over [lo, hi]
+    least_slope: float = 0.0  # phi(y) - phi(x) >= least_slope (y - x) where y >= x; T is the largest
+    turns: tuple[float, ...] = ()  # where it changes from falling to rising or back
     parameters: tuple[tuple[str, float | str], ...] = ()  # of its family, by the names that PyTorch has for them
 
     @property
@@ -50,6 +51,35 @@ class Activation:
     def value(self, x: float) -> float:
         """phi(x) of a single number, computed in float64."""
         return float(self.fn(torch.tensor(x, dtype=torch.float64)))
+
+    def bounds(self, lo: float, hi: float) -> tuple[float, float]:
+        """The least and the largest value of phi over [lo, hi]."""
+        low, high = self.range(torch.tensor(lo, dtype=torch.float64), torch.tensor(hi, dtype=torch.float64))
+        return float(low), float(high)
+
+    def range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of each [low, high], tensors of one shape."""
+        ends = self.fn(low), self.fn(high)
+        least, largest = torch.minimum(*ends), torch.maximum(*ends)
+        for turn in self.turns:
+            inside, value = (low < turn) & (turn < high), self.value(turn)
+            least = torch.where(inside, least.clamp_max(value), least)
+            largest = torch.where(inside, largest.clamp_min(value), largest)
+        return least, largest
+
+    def linear_error(self, reach: Tensor) -> Tensor:
+        """An upper bound of |phi - phi_hat| on [-reach, reach]: the least eps with a(eps) >= reach, infinite for none.
+
+        Bisected up to a factor, since a(eps) rises with eps.
+        """
+        if self.exact:
+            return torch.zeros_like(reach)
+        powers = 1.05 ** torch.arange(-3000, 200, dtype=torch.float64)  # 3e-64 to 2e4
+        radii = torch.tensor([self.neighbourhood(float(eps)) for eps in powers], dtype=torch.float64)
+        rising = torch.cummax(radii, 0).values
+        found = torch.searchsorted(rising, reach.double().contiguous() * (1 + 1e-12))
+        errors = torch.cat([powers, torch.tensor([math.inf], dtype=torch.float64)])[found]
+        return torch.where(reach > 0, errors, 0.0)
 
     def linear_radius(self, share: float) -> float:
         """The largest a with eps / a(eps) <= share, i.e. |phi - phi_hat| <= share * a on [-a, a].
@@ -80,16 +110,6 @@ class Family:
     parameters: tuple[str, ...] = ()
 
 
-def _range(fn: Callable[[Tensor], Tensor], *turns: float) -> Callable[[float, float], tuple[float, float]]:
-    """Bounds of a function over an interval, which is monotone between its turning points."""
-
-    def bounds(lo: float, hi: float) -> tuple[float, float]:
-        out = fn(torch.tensor([lo, hi, *(x for x in turns if lo < x < hi)], dtype=torch.float64))
-        return float(out.min()), float(out.max())
-
-    return bounds
-
-
 def _everywhere(_: float) -> float:
     return math.inf
 
@@ -100,11 +120,11 @@ def _check(name: str, holds: bool, why: str) -> None:
 
 
 def identity() -> Activation:
-    return Activation("identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, _range(lambda x: x))
+    return Activation("identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, least_slope=1.0)
 
 
 def relu() -> Activation:
-    return Activation("relu", torch.relu, nn.ReLU, 1.0, 0.0, 0.0, 1.0, _everywhere, _range(torch.relu))
+    return Activation("relu", torch.relu, nn.ReLU, 1.0, 0.0, 0.0, 1.0, _everywhere)
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
@@ -116,7 +136,7 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
 
     return Activation(
         "leaky_relu", fn, lambda: nn.LeakyReLU(negative_slope), 1.0, negative_slope, 0.0, max(1.0, negative_slope),
-        _everywhere, _range(fn), (("negative_slope", negative_slope),),
+        _everywhere, min(1.0, negative_slope), parameters=(("negative_slope", negative_slope),),
     )  # fmt: skip
 
 
@@ -129,7 +149,7 @@ def elu(alpha: float = 1.0) -> Activation:
 
     return Activation(
         "elu", fn, lambda: nn.ELU(alpha), 1.0, alpha, 0.0, max(1.0, alpha),
-        lambda eps: math.sqrt(2 * eps / alpha) if alpha else math.inf, _range(fn), (("alpha", alpha),),
+        lambda eps: math.sqrt(2 * eps / alpha) if alpha else math.inf, parameters=(("alpha", alpha),),
     )  # fmt: skip
 
 
@@ -141,8 +161,8 @@ def celu(alpha: float = 1.0) -> Activation:
         return nn.functional.celu(x, alpha)
 
     return Activation(
-        "celu", fn, lambda: nn.CELU(alpha), 1.0, 1.0, 0.0, 1.0, lambda eps: math.sqrt(2 * alpha * eps), _range(fn),
-        (("alpha", alpha),),
+        "celu", fn, lambda: nn.CELU(alpha), 1.0, 1.0, 0.0, 1.0, lambda eps: math.sqrt(2 * alpha * eps),
+        parameters=(("alpha", alpha),),
     )  # fmt: skip
 
 
@@ -154,7 +174,6 @@ def selu() -> Activation:
     steep = SELU_SCALE * SELU_ALPHA
     return Activation(
         "selu", nn.functional.selu, nn.SELU, SELU_SCALE, steep, 0.0, steep, lambda eps: math.sqrt(2 * eps / steep),
-        _range(nn.functional.selu),
     )  # fmt: skip
 
 
@@ -175,7 +194,7 @@ def gelu(approximate: str = "none") -> Activation:
 
     return Activation(
         "gelu", fn, lambda: nn.GELU(approximate), 0.5, 0.5, 0.0, steepest,
-        lambda eps: min(math.sqrt(eps / curve), math.inf if exact else 1.0), _range(fn, turn),
+        lambda eps: min(math.sqrt(eps / curve), math.inf if exact else 1.0), 1 - steepest, (turn,),
         () if exact else (("approximate", approximate),),
     )  # fmt: skip
 
@@ -184,7 +203,7 @@ def silu() -> Activation:
     """x sigmoid(x): |x (sigmoid(x) - 1/2)| <= x^2 / 4. Steepest, 1.09984, at 2.39936; least at -1.27846."""
     return Activation(
         "silu", nn.functional.silu, nn.SiLU, 0.5, 0.5, 0.0, 1.0998393202, lambda eps: 2 * math.sqrt(eps),
-        _range(nn.functional.silu, -1.278464542761074),
+        1 - 1.0998393202, (-1.278464542761074,),
     )  # fmt: skip
 
 
@@ -201,8 +220,8 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
 
     return Activation(
         "softplus", fn, lambda: nn.Softplus(beta, threshold), 0.5, 0.5, math.log(2) / beta, 1.0,
-        lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta), _range(fn),
-        (("beta", beta), ("threshold", threshold)) if (beta, threshold) != (1, 20) else (),
+        lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta),
+        parameters=(("beta", beta), ("threshold", threshold)) if (beta, threshold) != (1, 20) else (),
     )  # fmt: skip
 
 
@@ -210,7 +229,6 @@ def tanh() -> Activation:
     """|tanh x - x| <= |x|^3 / 3 (section 2 of the paper)."""
     return Activation(
         "tanh", torch.tanh, nn.Tanh, 1.0, 1.0, 0.0, 1.0, lambda eps: min((3 * eps) ** (1 / 3), math.pi / 2),
-        _range(torch.tanh),
     )  # fmt: skip
 
 
@@ -223,8 +241,8 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
 
     return Activation(
         "hardtanh", fn, lambda: nn.Hardtanh(min_val, max_val), 1.0, 1.0, 0.0, 1.0,
-        lambda eps: min(-min_val, max_val) + eps, _range(fn),
-        (("min_val", min_val), ("max_val", max_val)) if (min_val, max_val) != (-1, 1) else (),
+        lambda eps: min(-min_val, max_val) + eps,
+        parameters=(("min_val", min_val), ("max_val", max_val)) if (min_val, max_val) != (-1, 1) else (),
     )  # fmt: skip
 
 
@@ -232,7 +250,7 @@ def sigmoid() -> Activation:
     """|sigmoid x - 1/2 - x/4| <= |x|^3 / 48 (section 2 of the paper)."""
     return Activation(
         "sigmoid", torch.sigmoid, nn.Sigmoid, 0.25, 0.25, 0.5, 0.25,
-        lambda eps: min((48 * eps) ** (1 / 3), math.pi), _range(torch.sigmoid),
+        lambda eps: min((48 * eps) ** (1 / 3), math.pi),
     )  # fmt: skip
 
 
