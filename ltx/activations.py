@@ -31,6 +31,7 @@ class Activation:
     neighbourhood: Callable[[float], float]  # eps -> a(eps); infinite where phi is exactly piecewise linear
     least_slope: float = 0.0  # phi(y) - phi(x) >= least_slope (y - x) where y >= x; T is the largest
     turns: tuple[float, ...] = ()  # where it changes from falling to rising or back
+    steepest: float | None = None  # the slope rises up to here and falls from here on; None: it does neither
     parameters: tuple[tuple[str, float | str], ...] = ()  # of its family, by the names that PyTorch has for them
 
     @property
@@ -65,6 +66,19 @@ class Activation:
             inside, value = (low < turn) & (turn < high), self.value(turn)
             least = torch.where(inside, least.clamp_max(value), least)
             largest = torch.where(inside, largest.clamp_min(value), largest)
+        return least, largest
+
+    def slopes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of the slope over each [low, high]: of (phi(y) - phi(x)) / (y - x) for x and y in it."""
+        least, largest = torch.full_like(low, self.least_slope), torch.full_like(low, self.lipschitz)
+        if self.steepest is not None:
+            with torch.enable_grad():
+                ends = [end.detach().clone().requires_grad_() for end in (low, high)]
+                at = [torch.autograd.grad(self.fn(end).sum(), end)[0] * (1 + 1e-12 * k)
+                      for end in ends for k in (-1, 1)]  # fmt: skip
+            inside = (low <= self.steepest) & (self.steepest <= high)
+            least = torch.maximum(least, torch.minimum(at[0], at[2]))
+            largest = torch.where(inside, largest, torch.minimum(largest, torch.maximum(at[1], at[3])))
         return least, largest
 
     def linear_error(self, reach: Tensor) -> Tensor:
@@ -120,11 +134,11 @@ def _check(name: str, holds: bool, why: str) -> None:
 
 
 def identity() -> Activation:
-    return Activation("identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, least_slope=1.0)
+    return Activation("identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, least_slope=1.0, steepest=0.0)
 
 
 def relu() -> Activation:
-    return Activation("relu", torch.relu, nn.ReLU, 1.0, 0.0, 0.0, 1.0, _everywhere)
+    return Activation("relu", torch.relu, nn.ReLU, 1.0, 0.0, 0.0, 1.0, _everywhere, steepest=math.inf)
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
@@ -136,7 +150,8 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
 
     return Activation(
         "leaky_relu", fn, lambda: nn.LeakyReLU(negative_slope), 1.0, negative_slope, 0.0, max(1.0, negative_slope),
-        _everywhere, min(1.0, negative_slope), parameters=(("negative_slope", negative_slope),),
+        _everywhere, min(1.0, negative_slope), steepest=math.inf if negative_slope <= 1 else -math.inf,
+        parameters=(("negative_slope", negative_slope),),
     )  # fmt: skip
 
 
@@ -149,7 +164,8 @@ def elu(alpha: float = 1.0) -> Activation:
 
     return Activation(
         "elu", fn, lambda: nn.ELU(alpha), 1.0, alpha, 0.0, max(1.0, alpha),
-        lambda eps: math.sqrt(2 * eps / alpha) if alpha else math.inf, parameters=(("alpha", alpha),),
+        lambda eps: math.sqrt(2 * eps / alpha) if alpha else math.inf, steepest=math.inf if alpha <= 1 else 0.0,
+        parameters=(("alpha", alpha),),
     )  # fmt: skip
 
 
@@ -162,7 +178,7 @@ def celu(alpha: float = 1.0) -> Activation:
 
     return Activation(
         "celu", fn, lambda: nn.CELU(alpha), 1.0, 1.0, 0.0, 1.0, lambda eps: math.sqrt(2 * alpha * eps),
-        parameters=(("alpha", alpha),),
+        steepest=math.inf, parameters=(("alpha", alpha),),
     )  # fmt: skip
 
 
@@ -174,6 +190,7 @@ def selu() -> Activation:
     steep = SELU_SCALE * SELU_ALPHA
     return Activation(
         "selu", nn.functional.selu, nn.SELU, SELU_SCALE, steep, 0.0, steep, lambda eps: math.sqrt(2 * eps / steep),
+        steepest=0.0,
     )  # fmt: skip
 
 
@@ -195,7 +212,7 @@ def gelu(approximate: str = "none") -> Activation:
     return Activation(
         "gelu", fn, lambda: nn.GELU(approximate), 0.5, 0.5, 0.0, steepest,
         lambda eps: min(math.sqrt(eps / curve), math.inf if exact else 1.0), 1 - steepest, (turn,),
-        () if exact else (("approximate", approximate),),
+        parameters=() if exact else (("approximate", approximate),),
     )  # fmt: skip
 
 
@@ -220,7 +237,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
 
     return Activation(
         "softplus", fn, lambda: nn.Softplus(beta, threshold), 0.5, 0.5, math.log(2) / beta, 1.0,
-        lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta),
+        lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta), steepest=math.inf,
         parameters=(("beta", beta), ("threshold", threshold)) if (beta, threshold) != (1, 20) else (),
     )  # fmt: skip
 
@@ -229,6 +246,7 @@ def tanh() -> Activation:
     """|tanh x - x| <= |x|^3 / 3 (section 2 of the paper)."""
     return Activation(
         "tanh", torch.tanh, nn.Tanh, 1.0, 1.0, 0.0, 1.0, lambda eps: min((3 * eps) ** (1 / 3), math.pi / 2),
+        steepest=0.0,
     )  # fmt: skip
 
 
@@ -241,7 +259,7 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
 
     return Activation(
         "hardtanh", fn, lambda: nn.Hardtanh(min_val, max_val), 1.0, 1.0, 0.0, 1.0,
-        lambda eps: min(-min_val, max_val) + eps,
+        lambda eps: min(-min_val, max_val) + eps, steepest=0.0,
         parameters=(("min_val", min_val), ("max_val", max_val)) if (min_val, max_val) != (-1, 1) else (),
     )  # fmt: skip
 
@@ -251,6 +269,7 @@ def sigmoid() -> Activation:
     return Activation(
         "sigmoid", torch.sigmoid, nn.Sigmoid, 0.25, 0.25, 0.5, 0.25,
         lambda eps: min((48 * eps) ** (1 / 3), math.pi),
+        steepest=0.0,
     )  # fmt: skip
 
 

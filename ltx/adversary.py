@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+RATE = 0.2  # longest step of an element, as a share of its range; it falls to 0
+FIRST, SECOND = 0.9, 0.99  # Adam's averages
+
 
 @dataclass(frozen=True)
 class Adversary:
@@ -17,19 +20,23 @@ class Adversary:
     outputs: Tensor  # (starts,) which one
     images: Tensor  # (starts, C, H, W)
 
+    @property
+    def largest(self) -> float:
+        return float(self.deviations.max())
+
 
 def ascend(
-    ticket: nn.Module, target: nn.Module, starts: Tensor, low: Tensor, high: Tensor, *, steps: int = 20,
-    batch_size: int = 50, on_step: Callable[[], None] = lambda: None,
+    ticket: nn.Module, target: nn.Module, starts: Tensor, low: Tensor, high: Tensor, *, steps: int = 300,
+    batch_size: int = 50, on_batch: Callable[[int], None] = lambda _: None,
 ) -> Adversary:  # fmt: skip
-    """Maximise the deviation of one output over the images between `low` and `high` (C, H, W).
+    """Maximise the deviation of one output over the images between `low` and `high`, by Adam, clipped to the box.
 
-    Start n is after output n // 2 (modulo the outputs) with the sign of n's parity. A step goes to the corner of the box
-    that the gradient points at, or, where that is no better, a shorter way to it: each is half as long as the last that
-    failed. Networks of piecewise linear activations are at their largest in corners, as far as they are convex.
+    Start n is after output n // 2 (modulo the outputs), above the target where n is even, below it where n is odd.
 
     Args:
         starts: (starts, C, H, W), clipped to the box.
+        low, high: (C, H, W).
+        on_batch: called with the number of starts that were gone through.
     """
     ticket, target = (network.eval().requires_grad_(False) for network in (ticket, target))
 
@@ -40,30 +47,32 @@ def ascend(
         many = apart(starts[:1]).shape[1]
     order = torch.arange(len(starts), device=starts.device)
     output, sign = order // 2 % many, 1 - 2 * (order % 2)
-    found = [
-        _climb(apart, x, output[n], sign[n], low, high, steps, on_step)
-        for x, n in zip(starts.split(batch_size), order.split(batch_size), strict=True)
-    ]
-    values, images = (torch.cat(part) for part in zip(*found, strict=True))
+    values, images = torch.zeros(len(starts), device=starts.device), torch.empty_like(starts)
+    for n in order.split(batch_size):
+        values[n], images[n] = _climb(
+            lambda x, n=n: apart(x).gather(1, output[n, None])[:, 0] * sign[n], starts[n], low, high, steps
+        )
+        on_batch(len(n))
     return Adversary(values, output, images)
 
 
 def _climb(
-    apart: Callable[[Tensor], Tensor], x: Tensor, output: Tensor, sign: Tensor, low: Tensor, high: Tensor, steps: int,
-    on_step: Callable[[], None],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    best, value = torch.minimum(torch.maximum(x, low), high), torch.full((len(x),), -torch.inf, device=x.device)
-    gradient, length = torch.zeros_like(best), torch.ones(len(x), 1, 1, 1, device=x.device)
-    trial = best
-    for _ in range(steps + 1):
-        trial = trial.detach().requires_grad_()
-        reached = apart(trial).gather(1, output[:, None])[:, 0] * sign
-        (slope,) = torch.autograd.grad(reached.sum(), trial)
-        better = (reached.detach() > value).view(-1, 1, 1, 1)
-        best, gradient = torch.where(better, trial.detach(), best), torch.where(better, slope, gradient)
-        length = torch.where(better, 1.0, length / 2)
-        value = torch.maximum(value, reached.detach())
-        corner = torch.where(gradient > 0, high, torch.where(gradient < 0, low, best))
-        trial = best + length * (corner - best)
-        on_step()
-    return value, best
+    function: Callable[[Tensor], Tensor], x: Tensor, low: Tensor, high: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """The largest value of each element's function, (n,), and where, (n, C, H, W)."""
+    x = torch.minimum(torch.maximum(x, low), high)
+    best, where = torch.full((len(x),), -torch.inf, device=x.device), x
+    mean, square = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(steps + 1):
+        x = x.detach().requires_grad_()
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        value, x = value.detach(), x.detach()
+        better = value > best
+        best = torch.where(better, value, best)
+        where = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x, where)
+        mean, square = FIRST * mean + (1 - FIRST) * gradient, SECOND * square + (1 - SECOND) * gradient**2
+        along = mean / (1 - FIRST ** (step + 1)) / ((square / (1 - SECOND ** (step + 1))).sqrt() + 1e-12)
+        x = x + RATE * (1 - step / (steps + 1)) * (high - low) * along
+        x = torch.minimum(torch.maximum(x, low), high)
+    return best, where

@@ -34,7 +34,7 @@ class Interval:
 
     @classmethod
     def around(cls, value: Tensor, radius: Tensor) -> Interval:
-        return cls(value - radius, value + radius).widened()
+        return cls(value - radius, value + radius).widened(TINY)
 
     @property
     def magnitude(self) -> Tensor:
@@ -56,9 +56,8 @@ class Interval:
         return Interval(self.low.clamp_max(0), self.high.clamp_max(0))
 
     def widened(self, by: Tensor | float = 0.0) -> Interval:
-        """By some operations' rounding of their result, and `by`."""
-        slack = 4 * UNIT * self.magnitude + TINY + by
-        return Interval(self.low - slack, self.high + slack)
+        """By what some operations round off their results, which leaves their signs, and `by`."""
+        return Interval(self.low - (4 * UNIT * self.low.abs() + by), self.high + (4 * UNIT * self.high.abs() + by))
 
     def __add__(self, other: Interval) -> Interval:
         return Interval(self.low + other.low, self.high + other.high).widened()
@@ -86,17 +85,22 @@ class Interval:
         """scale x + shift, (C,) each, float64."""
         scale, shift = (part.double().view(-1, *[1] * (self.low.ndim - 1)) for part in (scale, shift))
         ends = scale * self.low, scale * self.high
-        margin = 4 * UNIT * (scale.abs() * self.magnitude + shift.abs())
+        margin = 4 * UNIT * (scale.abs() * self.magnitude + shift.abs()) + TINY
         return Interval(torch.minimum(*ends) + shift, torch.maximum(*ends) + shift).widened(margin)
 
-    def times(self, low: float, high: float) -> Interval:
-        """The product with any number in [low, high]."""
-        ends = torch.stack([end * factor for end in (self.low, self.high) for factor in (low, high)])
-        return Interval(ends.amin(0), ends.amax(0)).widened()
+    def __mul__(self, other: Interval) -> Interval:
+        """Products of any two of their numbers."""
+        ends = torch.stack([one * another for one in (self.low, self.high) for another in (other.low, other.high)])
+        return Interval(ends.amin(0), ends.amax(0)).widened(TINY)
+
+    def joined(self, other: Interval) -> Interval:
+        """The numbers from the least to the largest of both."""
+        return Interval(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
 
     def through(self, phi: Activation) -> Interval:
         """phi of its numbers; functions of float64 are right to a few units in the last place."""
-        return Interval(*phi.range(self.low, self.high)).widened(4 * UNIT * self.magnitude)
+        slack = 0.0 if phi.exact else 4 * UNIT * self.magnitude + TINY
+        return Interval(*phi.range(self.low, self.high)).widened(slack)
 
     def affine(self, weight: Tensor, how: tuple = (), *, terms: Tensor | None = None) -> Interval:
         """A convolution or linear layer without bias.

@@ -8,8 +8,13 @@ most B in magnitude which deviate by at most D, deviates in any output by at mos
 
     sum_j |w_j + e_j| D + n epsilon max(B, 1) [+ n epsilon max(B, 1)],      |e_j| <= epsilon,
 
-the last part being the linearisation of a pair whose activation is linear near 0 only. Each part gets the same share
-of what the layer may deviate. Behind it an activation divides by its Lipschitz constant, batch norm by its largest
+the last part being the linearisation of a pair whose activation is linear near 0 only. In L+1, behind the first layer,
+the first part is another one: the slots of a channel deviate each on its own, and a sum of up to m entries of up to 1,
+for every parameter, passes on up to m n D. (The proof of Theorem 3.2, equation (13), has N D there, as if all slots of
+a channel deviated alike. The theorem can be mended: epsilon_l becomes smaller by a factor of m for each layer behind
+l, of which only the logarithm enters the width. What it hides is how tickets of deep networks fail, section 6 of the
+design: sum |w_s| and not |W| is what deviations grow with.) Each part gets the same share of what the layer may
+deviate. Behind it an activation divides by its Lipschitz constant, batch norm by its largest
 scale, and a sum halves. The paper says the same with N, the number of parameters of the whole layer, for n and for
 sum |w|, which needs |x| <= 1 and |w| <= 1 (it takes both for granted, and in Theorem 3.2 a first layer that is exactly
 linear): form "theorem" gives its epsilon_l, form "norms", the default, what the target's own norms and interval bounds
@@ -37,7 +42,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
@@ -46,6 +50,7 @@ from ltx.constructions.layout import IMAGE, Layout, layout
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
 from ltx.graph import Graph, Layer, Node
+from ltx.intervals import channel_intervals
 
 # C of Corollary 2.2 for theta = 1, the hardest: above its largest values in `python scripts/constants.py`, which are
 # 3.54 and 6.33 (seed 0, 100,000 problems for each m, epsilon 0.1, 0.01 and 0.001)
@@ -99,48 +104,6 @@ class Guarantee:
         return min((layer.epsilon for layer in self.layers), default=math.inf)
 
 
-def ranges(graph: Graph, input_range: tuple[float, float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Bounds (C,) float64 of every channel at every node, over all inputs in a box, by interval arithmetic."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for node in graph.nodes:
-        inside = [found[name] for name in node.inputs]
-        if node.op == "input":
-            low, high = (torch.tensor([float(value)], dtype=torch.float64) for value in input_range)
-        elif node.layer is not None:
-            low, high = _through(node.layer, *inside[0])
-        elif node.batch_norm is not None:
-            scale, shift = node.batch_norm.scale.double(), node.batch_norm.shift.double()
-            ends = torch.stack([scale * inside[0][0] + shift, scale * inside[0][1] + shift])
-            low, high = ends.min(0).values, ends.max(0).values
-        elif node.activation is not None:
-            pairs = [node.activation.bounds(float(a), float(b)) for a, b in zip(*inside[0], strict=True)]
-            low, high = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-        elif node.op == "add":
-            low, high = inside[0][0] + inside[1][0], inside[0][1] + inside[1][1]
-        else:
-            low, high = inside[0]  # pooling, flattening: no value outside those that there are
-        found[node.name] = low, high
-    return found
-
-
-def _through(layer: Layer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds behind a layer; the zero padding is one of its inputs."""
-    if layer.kind == "conv" and any(layer.padding):
-        low, high = low.clamp_max(0), high.clamp_min(0)
-    weight = layer.weight.double().flatten(1)
-    low, high = (_widened(bound, weight.shape[1]) for bound in (low, high))
-    positive, negative = weight.clamp_min(0), weight.clamp_max(0)
-    bias = layer.bias.double()
-    return positive @ low + negative @ high + bias, positive @ high + negative @ low + bias
-
-
-def _widened(bound: Tensor, entries: int) -> Tensor:
-    """A bound of each channel as one of each entry of a row."""
-    if entries % len(bound):
-        raise LtxError(f"a row with {entries} entries cannot read {len(bound)} channels")
-    return bound.repeat_interleave(entries // len(bound))
-
-
 @dataclass(frozen=True)
 class _Part:
     """A layer as a construction sees it."""
@@ -172,9 +135,15 @@ class _Part:
         return int((self.weight.flatten(1).count_nonzero(1) + (self.layer.bias != 0)).max())
 
     @property
-    def norm(self) -> float:
-        """Sum of the magnitudes of a row's weights, the largest."""
-        return float(self.weight.flatten(1).abs().sum(1).max())
+    def several(self) -> bool:
+        """Whether it reads several slots of a channel, which deviate each on its own."""
+        return not self.pair
+
+    def gain(self, epsilon: float, m: int) -> float:
+        """By how much the sum of a row's entries may enlarge the deviation of what it reads."""
+        if self.several:
+            return self.largest_row * m * self.scale
+        return float(self.weight.flatten(1).abs().sum(1).max()) + self.largest_row * epsilon
 
 
 def guarantee(
@@ -200,11 +169,11 @@ def guarantee(
     kept = graph.head if head == "keep" else None
     joined = layout(graph, 0.0, kept=kept)
     parts = _parts(graph, joined, construction, kept, input_range, scaling)
-    allowed, epsilons = _budgets(graph, parts, error, construction, form)
     signed = [part for part in parts.values() if part.pair and part.signed]
     delta_sums = delta / 2 if signed else delta
     sizes = dict.fromkeys(parts, 1)
-    while True:  # m rises with rho, and rho with m, but with its logarithm alone
+    while True:  # m rises with rho, and in L+1 rho and 1 / epsilon with m, but with their logarithms alone
+        allowed, epsilons = _budgets(graph, parts, error, construction, form, sizes)
         problems = _problems(parts, joined, sizes, construction)
         single = delta_sums / max(1, sum(problems.values()))
         needed = {
@@ -266,14 +235,21 @@ def base_set_size(epsilon: float, delta: float, constant: float) -> int:
 def ticket_error(
     graph: Graph,
     epsilons: Mapping[str, float],
+    sizes: Mapping[str, int],
     *,
     construction: str,
     input_range: tuple[float, float] = (-1.0, 1.0),
     head: str = "keep",
+    scaling: str = "unit",
 ) -> float:
-    """A bound of the outputs' deviation where every parameter of a layer is within its epsilon: `_budgets` forwards."""
+    """A bound of the outputs' deviation where every parameter of a layer is within its epsilon: `_budgets` forwards.
+
+    Args:
+        epsilons: layer -> error of its parameters.
+        sizes: layer -> its m: a parameter is a sum of at most so many entries.
+    """
     kept = graph.head if head == "keep" else None
-    parts = _parts(graph, layout(graph, 0.0, kept=kept), construction, kept, input_range, "unit")
+    parts = _parts(graph, layout(graph, 0.0, kept=kept), construction, kept, input_range, scaling)
     deviation: dict[str, float] = {}
     for node in graph.nodes:
         inside = [deviation[name] for name in node.inputs]
@@ -283,7 +259,7 @@ def ticket_error(
             part, epsilon = parts[node.name], epsilons[node.name]
             off = part.largest_row * epsilon
             reach = off * max(part.largest_input, 1.0) * (1 if _linear(part) else 2)
-            deviation[node.name] = (part.norm + off) * inside[0] + reach
+            deviation[node.name] = part.gain(epsilon, sizes[node.name]) * inside[0] + reach
         elif node.layer is not None:
             deviation[node.name] = float(node.layer.weight.double().abs().flatten(1).sum(1).max()) * inside[0]
         else:
@@ -296,12 +272,12 @@ def _parts(
 ) -> dict[str, _Part]:  # fmt: skip
     """The layers that are approximated, in their order."""
     _check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
-    bounds, found = ranges(graph, input_range), {}
+    bounds, found = channel_intervals(graph, input_range), {}
     for name, layer in graph.layers.items():
         if name == kept:
             continue
         before = graph[name].inputs[0]
-        reads, (low, high) = joined.stream[before], bounds[before]
+        reads, inside = joined.stream[before], bounds[before]
         weight = layer.weight.double()
         if layer.kind == "conv":
             weight = weight.flatten(2)
@@ -313,10 +289,10 @@ def _parts(
         largest = max(float(layer.weight.abs().max()), float(layer.bias.abs().max()))
         _check(largest <= scale, f"layer {name}: a parameter of {largest:g} is beyond {scale:g}; use scaling=layer_max")
         phi = pair_activation(graph, name) if pair else ACTIVATIONS["identity"]
-        law = pair_law(phi, bool((low >= 0).all()))
+        law = pair_law(phi, bool((inside.low >= 0).all()))
         found[name] = _Part(
             layer, weight, reads, joined.stream[name], pair, len(law.signs), law.signs != (0,), law.opposite, phi.exact,
-            float(torch.maximum(low.abs(), high.abs()).max()), scale,
+            float(inside.magnitude.max()), scale,
         )  # fmt: skip
     return found
 
@@ -336,7 +312,7 @@ def _gain(node: Node) -> float:
 
 
 def _budgets(
-    graph: Graph, parts: Mapping[str, _Part], error: float, construction: str, form: str
+    graph: Graph, parts: Mapping[str, _Part], error: float, construction: str, form: str, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Walking back from the output: the largest deviation of every layer's outputs, and epsilon of its parameters."""
     allowed = dict.fromkeys((node.name for node in graph.nodes), math.inf)
@@ -348,12 +324,13 @@ def _budgets(
             part = parts[node.name]
             if form == "theorem":
                 shares, count = 3 if construction == "2L" else 2, max(1, part.parameters)
-                epsilons[node.name] = inside = mine / (shares * count)
+                epsilons[node.name] = mine / (shares * count)
+                inside = epsilons[node.name] / (sizes[node.name] if part.several else 1)
             else:
                 shares = 1 + (part.reads != IMAGE) + (not _linear(part))
                 row = max(1, part.largest_row)
                 epsilons[node.name] = epsilon = mine / (shares * row * max(part.largest_input, 1.0))
-                inside = mine / (shares * (part.norm + row * epsilon))
+                inside = mine / (shares * part.gain(epsilon, sizes[node.name]))
         elif node.layer is not None:  # a head that is kept
             inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), 1e-300)
         else:

@@ -11,6 +11,7 @@ from torch import nn
 from ltx import LtxError, construct, theory
 from ltx.constructions import Statistics
 from ltx.graph import run, trace
+from ltx.intervals import channel_intervals
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu"])
@@ -36,9 +37,9 @@ def test_activations_stay_within_their_ranges(network, activation):
     model = network(activation)
     graph = trace(model)
     shown = images(200, 8 if network is small_resnet else 6)
-    bounds = theory.ranges(graph, (-1.0, 1.0))
+    bounds = channel_intervals(graph, (-1.0, 1.0))
     for node, value in run(graph, shown.sign()):  # corners of the box
-        low, high = bounds[node.name]
+        low, high = bounds[node.name].low, bounds[node.name].high
         values = value.transpose(0, 1).flatten(1) if node.op != "flatten" and value.ndim > 1 else value.flatten()[None]
         if len(low) == len(values):
             assert (values.min(1).values.double() >= low - 1e-5).all()
@@ -52,7 +53,8 @@ def test_the_budgets_add_up_to_the_error(construction, activation, form):
     graph = trace(small_cnn(activation))
     found = theory.guarantee(graph, 0.5, 0.1, construction=construction, form=form, scaling="layer_max")
     epsilons = {layer.layer: layer.epsilon for layer in found.layers}
-    bound = theory.ticket_error(graph, epsilons, construction=construction)
+    sizes = {layer.layer: layer.base_set_size for layer in found.layers}
+    bound = theory.ticket_error(graph, epsilons, sizes, construction=construction, scaling="layer_max")
     assert bound == pytest.approx(0.5) if form == "norms" else bound <= 0.5
 
 
@@ -61,7 +63,11 @@ def test_the_budgets_of_a_residual_network(construction):
     graph = trace(small_resnet("tanh", blocks=1))
     found = theory.guarantee(graph, 0.5, 0.1, construction=construction, scaling="layer_max", head="construct")
     epsilons = {layer.layer: layer.epsilon for layer in found.layers}
-    assert theory.ticket_error(graph, epsilons, construction=construction, head="construct") <= 0.5 * (1 + 1e-9)
+    sizes = {layer.layer: layer.base_set_size for layer in found.layers}
+    bound = theory.ticket_error(
+        graph, epsilons, sizes, construction=construction, head="construct", scaling="layer_max"
+    )
+    assert bound <= 0.5 * (1 + 1e-9)
     widths = {layer.layer: layer.width for layer in found.layers}
     assert all(width > 0 for width in widths.values())
     assert found.source_parameters > 100 * sum(layer.parameters for layer in found.layers)

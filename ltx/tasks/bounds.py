@@ -35,8 +35,10 @@ def run(settings: Settings) -> Path:
         graph, m, epsilon, construction=construction, input_range=box, head=head, scaling=scaling, uniform=b.uniform,
         product=b.product,
     )  # fmt: skip
-    same = {layer.layer: epsilon for layer in found.layers}
-    reach = theory.ticket_error(graph, same, construction=construction, input_range=box, head=head)
+    epsilons, sizes = ({layer.layer: value for layer in found.layers} for value in (epsilon, m))
+    reach = theory.ticket_error(
+        graph, epsilons, sizes, construction=construction, input_range=box, head=head, scaling=scaling
+    )
     rows = [asdict(layer) for layer in found.layers]
     used = "no ticket"
     try:
