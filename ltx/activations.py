@@ -134,7 +134,9 @@ def _check(name: str, holds: bool, why: str) -> None:
 
 
 def identity() -> Activation:
-    return Activation("identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, least_slope=1.0, steepest=0.0)
+    return Activation(
+        "identity", lambda x: x, nn.Identity, 1.0, 1.0, 0.0, 1.0, _everywhere, least_slope=1.0, steepest=0.0
+    )
 
 
 def relu() -> Activation:

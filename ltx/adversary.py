@@ -27,7 +27,7 @@ class Adversary:
 
 def ascend(
     ticket: nn.Module, target: nn.Module, starts: Tensor, low: Tensor, high: Tensor, *, steps: int = 300,
-    batch_size: int = 50, on_batch: Callable[[int], None] = lambda _: None,
+    batch_size: int = 50, on_batch: Callable[[int], object] = lambda _: None,
 ) -> Adversary:  # fmt: skip
     """Maximise the deviation of one output over the images between `low` and `high`, by Adam, clipped to the box.
 

@@ -106,6 +106,18 @@ class BoundsSettings:
 
 
 @dataclass
+class CertifySettings:
+    """How `ltx certify` looks for inputs on which a ticket is far from its target."""
+
+    starts: int = 100  # of gradient ascent; 0 for none
+    steps: int = 100
+
+    def check(self) -> None:
+        _require(0 <= self.starts <= 10**6, f"certify.starts={self.starts}: must lie between 0 and 10**6")
+        _require(1 <= self.steps <= 10**5, f"certify.steps={self.steps}: must lie between 1 and 10**5")
+
+
+@dataclass
 class Settings:
     """All settings of a command, after its overrides."""
 
@@ -122,6 +134,7 @@ class Settings:
     scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
     batch_norm: BatchNorm = BatchNorm.keep  # type: ignore[attr-defined]
     bounds: BoundsSettings = field(default_factory=BoundsSettings)
+    certify: CertifySettings = field(default_factory=CertifySettings)
     law: Law = Law.uniform  # type: ignore[attr-defined]
     theta: float | None = None
     problems: int = 100_000
@@ -205,7 +218,7 @@ def settings_from(config: DictConfig) -> Settings:
         raise LtxError(f"settings without a value: {', '.join(sorted(missing))}; give them as KEY=VALUE")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Settings)
-    for part in (settings, settings.target, settings.protocol, settings.feedback, settings.bounds):
+    for part in (settings, settings.target, settings.protocol, settings.feedback, settings.bounds, settings.certify):
         part.check()
     return settings
 

@@ -25,6 +25,7 @@ class Deviation:
     slots: int  # read
     deviation: float  # root of the mean square of slot - target
     deviation_of_means: float  # the same of a channel's mean over its slots
+    largest: float  # of |slot - target|
     target_std: float  # of the target's activations, channels weighed like their slots
     gain: float | None  # deviation / that of the activation before; None for the first
 
@@ -80,5 +81,6 @@ def _deviation(name: str, ours: Tensor, theirs: Tensor, channels: Tensor, before
     rms = float(difference.square().mean().sqrt())
     gain = rms / before[-1].deviation if before and before[-1].deviation > 0 else None
     return Deviation(
-        name, len(channels), rms, float(means.square().mean().sqrt()), float(theirs.double().std()), gain
+        name, len(channels), rms, float(means.square().mean().sqrt()), float(difference.abs().max()),
+        float(theirs.double().std()), gain,
     )  # fmt: skip

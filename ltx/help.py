@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-ALL = ("train-target", "construct", "eval", "verify", "tables", "bounds")
+ALL = ("train-target", "construct", "eval", "verify", "certify", "tables", "bounds")
 SUMS = ("subset-sum", "figures", "bench")
 TRAIN = ("train-target",)
-TICKET = ("construct", "eval", "verify", "tables")
+TICKET = ("construct", "eval", "verify", "certify", "tables")
 BUILD = (*TICKET, "bounds")
-FILE = ("eval", "verify")
+FILE = ("eval", "verify", "certify")
 
 # key, default, values, meaning, commands that look at it
 SETTINGS = (
@@ -64,6 +64,8 @@ SETTINGS = (
     ),
     ("bounds.uniform", "3.6", "positive", "C of Corollary 2.2 for uniform base sets", ("bounds",)),
     ("bounds.product", "6.5", "positive", "the same for products of two", ("bounds",)),
+    ("certify.starts", "100", "0 or more", "of gradient ascent on the deviation", ("certify",)),
+    ("certify.steps", "100", "1 or more", "of each", ("certify",)),
     ("theta", "null", "any number, null", "one target for all problems, or uniform on [-1, 1)", ("subset-sum",)),
     ("problems", "100000", "2 to 10**8", "random problems", ("subset-sum", "figures")),
     ("seconds", "2", "positive", "how long to measure each solver at each m", ("bench",)),
@@ -78,13 +80,13 @@ SETTINGS = (
     ("batch_norm", "keep", "keep, fold", "take batch norm from the target, or fold it into its weights", TICKET),
     ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*BUILD, *SUMS)),
     ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
-    ("limit", "null", "1 or more", "a fixed random subset of the test images", ("eval", "tables")),
+    ("limit", "null", "1 or more", "a fixed random subset of the test images", ("eval", "certify", "tables")),
     (
         "data.root",
         "null",
         "DIR",
         "of the data; else LTX_DATA, else ~/.cache/ltx",
-        ("train-target", "construct", "eval", "verify"),
+        ("train-target", "construct", "eval", "verify", "certify"),
     ),
     ("device", "auto", "auto, cpu, cuda", "", (*ALL, *SUMS)),
     ("compile", "false", "true, false", "train through torch.compile; needs a C++ compiler or a GPU", TRAIN),

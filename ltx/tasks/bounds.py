@@ -35,7 +35,7 @@ def run(settings: Settings) -> Path:
         graph, m, epsilon, construction=construction, input_range=box, head=head, scaling=scaling, uniform=b.uniform,
         product=b.product,
     )  # fmt: skip
-    epsilons, sizes = ({layer.layer: value for layer in found.layers} for value in (epsilon, m))
+    epsilons, sizes = dict.fromkeys(graph.layers, epsilon), dict.fromkeys(graph.layers, m)
     reach = theory.ticket_error(
         graph, epsilons, sizes, construction=construction, input_range=box, head=head, scaling=scaling
     )

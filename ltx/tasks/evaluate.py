@@ -171,6 +171,11 @@ def _test_split(settings: Settings, name: str, device: str) -> tuple[data.Split,
     return data.Split(split.images[index], split.labels[index]), torch.arange(len(index), device=device)
 
 
+def some_images(settings: Settings, name: str, device: str) -> Tensor:
+    """The test images that `limit` leaves, (N, C, H, W)."""
+    return _test_split(settings, name, device)[0].images
+
+
 _OUTPUTS: dict[tuple, Tensor] = {}
 
 

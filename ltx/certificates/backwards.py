@@ -1,0 +1,206 @@
+"""From the outputs back to the image: each output's deviation as a linear form of what is in front of a node.
+
+Bounds that are formed layer by layer take each slot at its worst. A linear form keeps what cancels between slots,
+pixels and layers: where an activation's slope lies between s - r and s + r, a deviation d becomes s d, which is
+followed, and at most r |d|, which is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ltx import operations
+from ltx.activations import Activation
+from ltx.certificates.forwards import Forwards, Part, Rows, Slots
+from ltx.graph import Node
+from ltx.intervals import UNIT, Interval
+from ltx.ticket import TicketNode
+
+
+class Backwards:
+    """The forms that are still to be followed, and the sum of what is known."""
+
+    def __init__(self, walk: Forwards):
+        self.walk = walk
+        nodes = walk.ticket.graph
+        self.off: dict[str, Tensor] = {}  # ticket's node -> (O, C, ...) of its slots' deviations
+        self.theirs: dict[str, Tensor] = {}  # target's node -> the same of its channels
+        self.sum = Interval.exactly(torch.zeros(walk.slots[nodes[-1].name].off.low.numel()))
+
+    def run(self) -> Interval:
+        """Bounds of the outputs' deviations, (O,)."""
+        walk, nodes = self.walk, self.walk.ticket.graph
+        last = nodes[-1]
+        before = walk.slots[last.inputs[0]].off.low
+        rows = torch.tensor(last.attributes["rows"], dtype=torch.int64)
+        form = torch.zeros(len(self.sum.low), *before.shape, dtype=torch.float64)
+        form[:, rows] = torch.eye(len(self.sum.low), dtype=torch.float64).view(-1, *before[rows].shape)
+        self.off[last.inputs[0]] = form
+        for node in reversed(nodes[:-1]):
+            if node.name in self.off:
+                self._ticket(node, self.off.pop(node.name))
+        for node in reversed(walk.target.nodes):
+            if node.name in self.theirs:
+                self._target(node, self.theirs.pop(node.name))
+        return self.sum
+
+    def _ticket(self, node: TicketNode, form: Tensor) -> None:
+        walk = self.walk
+        mine = walk.slots[node.name]
+        if node.op == "input":
+            return  # the image itself, which is not off
+        if node.op == "flatten":
+            self._follow(self.off, node.inputs[0], form)
+            return
+        there = mine.labels >= 0  # the others' values are known
+        self._known(form[:, ~there], mine.off[~there])
+        form = form * there.view(-1, *[1] * (form.ndim - 2))
+        before = walk.slots[node.inputs[0]]
+        if node.op == "activation":
+            slopes = walk.slopes(node, before)
+            slope = (slopes.low + slopes.high) / 2
+            rest = before.off * Interval(slopes.low - slope, slopes.high - slope).widened()
+            other = mine.off - before.off * Interval.exactly(slope)
+            self._known(form, rest.within(other))
+            self._follow(self.off, node.inputs[0], form * slope, before.off)
+        elif node.op == "batch_norm":
+            scale, _, apart, shift = (part.view(-1, *[1] * (form.ndim - 2)) for part in walk.norms(node, before))
+            self._known(form, Interval.exactly(shift.expand(mine.off.low.shape)))
+            self._follow(self.off, node.inputs[0], form * scale, before.off)
+            self._channels_of(before, form * apart)
+        elif node.op == "add":
+            for name in node.inputs:
+                self._follow(self.off, name, form)
+        elif node.op == "avg_pool":
+            self._follow(
+                self.off,
+                node.inputs[0],
+                _pulled(lambda x: operations.OPERATIONS["avg_pool"]([x], node.attributes), before.off.low, form),
+                before.off,
+            )
+        elif node.op == "max_pool":
+            self._known(form, mine.off)
+        else:
+            name = node.inputs[0]
+            while walk.slots[name].copies is not None:  # a pair: what its copies read
+                name = next(n for n in walk.ticket.graph if n.name == name).inputs[0]
+            rows = walk.layer(node, walk.slots[node.inputs[0]])
+            self._known(form, Interval.exactly(rows.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.off.low.shape)))
+            for part in walk.parts(rows, walk.slots[node.inputs[0]]):
+                self._part(part, rows, form, name)
+
+    def _part(self, part: Part, rows: Rows, form: Tensor, name: str) -> None:
+        before = self.walk.slots[name]
+        found = _pulled(lambda x: operations.affine(x, part.weight, None, *rows.how), part.x.low, form)
+        gamma = 4 * (part.weight.numel() + 16) * UNIT
+        size = (
+            form.abs().view(*form.shape[:2], -1).sum(2) @ part.terms.flatten(1).sum(1) * part.x.magnitude.max() * gamma
+        )
+        self.sum = self.sum.widened(size)
+        if part.of == "":
+            self._known(found, part.x)
+            return
+        found = found.view(len(found), -1, *before.off.low.shape[1:])
+        if part.of in ("off", "own"):
+            self._follow(self.off, name, found)
+        if part.of == "own":
+            self._channels_of(before, found)
+        elif part.of == "theirs":
+            self._channels(before, found)
+
+    def _channels_of(self, before: Slots, form: Tensor) -> None:
+        """A form of the channels that the slots in front stand for."""
+        there = before.labels >= 0
+        many = len(self.walk.target_channels(before).low)
+        theirs = torch.zeros(len(form), many, *form.shape[2:], dtype=form.dtype)
+        self._channels(before, theirs.index_add_(1, before.labels[there], form[:, there]))
+
+    def _channels(self, before: Slots, form: Tensor) -> None:
+        """A form of the target's channels in front."""
+        self._follow(self.theirs, before.target, form.reshape(len(form), *self.walk.channels[before.target].low.shape))
+
+    def _target(self, node: Node, form: Tensor) -> None:
+        walk, mine = self.walk, self.walk.channels[node.name]
+        if node.op == "input" or node.op == "max_pool":
+            self._known(form, mine)
+            return
+        name = node.inputs[0]
+        before = walk.channels[name]
+        if node.layer is not None:
+            layer = node.layer
+            how = (layer.stride, layer.padding, layer.dilation)
+            self._known(form, Interval.exactly(layer.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.low.shape)))
+            found = _pulled(lambda x: operations.affine(x, layer.weight.double(), None, *how), before.low, form)
+            gamma = 4 * (layer.weight.numel() + 16) * UNIT
+            rows = layer.weight.double().abs().flatten(1).sum(1)
+            self.sum = self.sum.widened(
+                form.abs().view(*form.shape[:2], -1).sum(2) @ rows * before.magnitude.max() * gamma
+            )
+            self._follow(self.theirs, name, found)
+        elif node.activation is not None:
+            chord, rest = _chord(node.activation, before)
+            self._known(form, rest)
+            self._follow(self.theirs, name, form * chord, before)
+        elif node.batch_norm is not None:
+            scale, shift = (
+                p.double().view(-1, *[1] * (form.ndim - 2)) for p in (node.batch_norm.scale, node.batch_norm.shift)
+            )
+            self._known(form, Interval.exactly(shift.expand(mine.low.shape)))
+            self._follow(self.theirs, name, form * scale, before)
+        elif node.op == "add":
+            for name in node.inputs:
+                self._follow(self.theirs, name, form)
+        elif node.op == "avg_pool":
+            self._follow(
+                self.theirs,
+                name,
+                _pulled(lambda x: operations.OPERATIONS["avg_pool"]([x], node.attributes), before.low, form),
+                before,
+            )
+        else:
+            self._follow(self.theirs, name, form.view(len(form), *before.low.shape))
+
+    def _known(self, form: Tensor, x: Interval) -> None:
+        """Add a form of numbers that are known up to an interval."""
+        if not form.numel():
+            return
+        flat, low, high = form.flatten(1), x.low.flatten(), x.high.flatten()
+        found = Interval(low, high).affine(flat)
+        self.sum = self.sum + found
+
+    def _follow(self, forms: dict[str, Tensor], name: str, form: Tensor, x: Interval | None = None) -> None:
+        """Add a form of what is at a node; x: its values, where the form was rounded."""
+        if x is not None:
+            size = form.abs().flatten(1).sum(1) * x.magnitude.max() * (form[0].numel() + 16) * UNIT
+            self.sum = self.sum.widened(size)
+        forms[name] = forms[name] + form if name in forms else form
+
+
+def _pulled(function: Callable[[Tensor], Tensor], x: Tensor, form: Tensor) -> Tensor:
+    """The form (O, C, ...) of x for which a linear function's is `form`."""
+    with torch.enable_grad():
+        inside = torch.zeros(len(form), *x.shape, dtype=torch.float64, requires_grad=True)
+        outside = function(inside)
+    return torch.autograd.grad(outside, inside, form.reshape(outside.shape))[0]
+
+
+def _chord(phi: Activation, x: Interval) -> tuple[Tensor, Interval]:
+    """A slope a, and bounds of phi(x) - a x over each interval.
+
+    The difference is looked at in 100 places; between them it differs by at most the slopes' reach times half a step.
+    """
+    ends = phi.fn(x.low), phi.fn(x.high)
+    width = (x.high - x.low).clamp_min(1e-12)
+    chord = (ends[1] - ends[0]) / width
+    least = largest = ends[0] - chord * x.low
+    for step in range(1, 101):
+        at = x.low + (x.high - x.low) * (step / 100)
+        value = phi.fn(at) - chord * at
+        least, largest = torch.minimum(least, value), torch.maximum(largest, value)
+    slopes = phi.slopes(x.low, x.high)
+    steep = torch.maximum((slopes[0] - chord).abs(), (slopes[1] - chord).abs())
+    rest = Interval(least, largest).widened(steep * width / 200 + 8 * UNIT * (1 + chord.abs()) * (1 + x.magnitude))
+    return chord, rest

@@ -1,0 +1,270 @@
+"""From the image to the outputs: what every slot of a ticket can be off, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ltx.activations import ACTIVATIONS, Activation, from_attributes
+from ltx.graph import Graph
+from ltx.intervals import Interval, node_intervals
+from ltx.source import SourceLayer
+from ltx.ticket import DEAD, Ticket, TicketNode
+
+
+@dataclass(frozen=True)
+class NodeBound:
+    """What is proven of one activation of the target, over its slots that are read."""
+
+    node: str
+    deviation: float  # no slot is off by more
+    span: float  # the widest range of a channel: a larger deviation says nothing
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The channels of a node of the ticket; one without a label stands for a channel that is 0."""
+
+    target: str  # the target's node that they stand for
+    labels: Tensor  # (C,) the target's channel, negative for none
+    off: Interval  # slot - channel
+    own: Interval  # slot
+    copies: Copies | None = None
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Between the two layers of a pair: copy n is phi(entry[n] * slot column[n]), or phi(bias[n])."""
+
+    column: Tensor  # (n,) slot that is read; -1: none
+    entry: Tensor  # (n,) float64
+    bias: Tensor  # (n,) float64
+    phi: Activation = ACTIVATIONS["identity"]
+
+
+class Forwards:
+    """The forward pass; what it finds at every node is kept for the way back."""
+
+    def __init__(self, ticket: Ticket, target: Graph, box: Interval, sharp: bool):
+        self.ticket, self.target, self.sharp = ticket, target, sharp
+        self.channels = node_intervals(target, box)
+        self.slots: dict[str, Slots] = {}
+
+    def run(self) -> list[NodeBound]:
+        """Go through the ticket; the bounds behind its activations."""
+        bounds, read = [], self.ticket.read_channels()
+        for node in self.ticket.graph:
+            found = self.slots[node.name] = self._node(node, [self.slots[name] for name in node.inputs])
+            if node.op == "activation" and found.copies is None:
+                mine = read[node.name][found.labels[read[node.name]] >= 0]
+                if len(mine):
+                    off, span = found.off[mine].magnitude, self.channels[found.target].width
+                    bounds.append(NodeBound(node.name, float(off.max()), float(span.max())))
+        return bounds
+
+    @property
+    def outputs(self) -> Interval:
+        return self.slots[self.ticket.graph[-1].name].off
+
+    def _node(self, node: TicketNode, inside: list[Slots]) -> Slots:
+        if node.op == "input":
+            box = self.channels["input"]
+            return Slots("input", torch.arange(len(box.low)), Interval.exactly(torch.zeros_like(box.low)), box)
+        before = inside[0]
+        if node.op == "output":
+            rows = torch.tensor(node.attributes["rows"], dtype=torch.int64)
+            return replace(before, off=before.off[rows].map(torch.flatten))
+        if node.op == "flatten":
+            return before  # its channels keep their taps beside them
+        if node.op == "layer":
+            layer = self.ticket.layer(node.attributes["layer"])
+            if layer.role == "copies":
+                return self._copied(layer, before)
+        if node.op in ("layer", "given"):
+            return self._rows(node, before)
+        if before.copies is not None:
+            return replace(before, copies=replace(before.copies, phi=from_attributes(node.attributes)))
+        return self._elementwise(node, inside)
+
+    def _elementwise(self, node: TicketNode, inside: list[Slots]) -> Slots:
+        before = inside[0]
+        labels, off, own = before.labels, before.off, before.own
+        if node.op == "activation":
+            phi = from_attributes(node.attributes)
+            theirs, own = self.theirs(before).through(phi), own.through(phi)
+            off = (off * self.slopes(node, before)).within(own - theirs)
+        elif node.op == "batch_norm":
+            scale, shift, *apart = self.norms(node, before)
+            off = off.scaled(scale, torch.zeros_like(shift)) + self.theirs(before).scaled(*apart)
+            own = own.scaled(scale, shift)
+        elif node.op == "add":
+            off, own = off + inside[1].off, own + inside[1].own
+            labels = torch.where(labels == inside[1].labels, labels, DEAD)
+        elif node.op == "max_pool":
+            off, own = off.maximum(node.attributes), own.maximum(node.attributes)
+        else:
+            off, own = off.average(node.attributes), own.average(node.attributes)
+        return Slots(node.name, labels, off.where(labels >= 0, own), own)
+
+    def slopes(self, node: TicketNode, before: Slots) -> Interval:
+        """Of an activation between what a slot and its channel can be."""
+        reach = before.own.joined(self.theirs(before))
+        return Interval(*from_attributes(node.attributes).slopes(reach.low, reach.high))
+
+    def norms(self, node: TicketNode, before: Slots) -> tuple[Tensor, ...]:
+        """Scale and shift of a given batch norm, and by how much they differ from the channel's, (C,) each."""
+        scale, shift = (self.ticket.given[f"{node.name}.{part}"].double() for part in ("weight", "bias"))
+        norm = self.target[node.name].batch_norm
+        assert norm is not None
+        same = before.labels.clamp_min(0)
+        return scale, shift, scale - norm.scale.double()[same], shift - norm.shift.double()[same]
+
+    def target_channels(self, slots: Slots) -> Interval:
+        """What the target's channels can be where slots stand for them, in the shape of the slots."""
+        channels = self.channels[slots.target]  # perhaps flattened already, which the ticket is not yet
+        return channels.map(lambda end: end.view(-1, *slots.own.low.shape[1:]))
+
+    def theirs(self, slots: Slots) -> Interval:
+        """What the channel of each slot can be; 0 for a slot that stands for none."""
+        return _chosen(self.target_channels(slots), slots.labels)
+
+    def _copied(self, layer: SourceLayer, before: Slots) -> Slots:
+        rows, offsets, values = self.ticket.kept(layer.name)
+        column = torch.full((layer.shape[0],), -1, dtype=torch.int64)
+        entry = torch.zeros(layer.shape[0], dtype=torch.float64)
+        column[rows], entry[rows] = offsets, values.double()
+        return replace(before, copies=Copies(column, entry, self.ticket.bias(layer.name).double()))
+
+    def _rows(self, node: TicketNode, before: Slots) -> Slots:
+        """Rows (R,) that sum slots, or copies of slots, beside those of a layer of the target that they stand for."""
+        rows = self.layer(node, before)
+        parts = [part.x.affine(part.weight, rows.how, terms=part.terms) for part in self.parts(rows, before)]
+        off = parts[0]
+        for part in parts[1:]:
+            off = off + part
+        off = off.scaled(torch.ones(len(rows.labels)), rows.bias)
+        return Slots(rows.target, rows.labels, off, _chosen(self.channels[rows.target], rows.labels) + off)
+
+    def layer(self, node: TicketNode, before: Slots) -> Rows:
+        """A layer's rows, random or given."""
+        if node.op == "given":
+            weight, bias = (self.ticket.given[f"{node.name}.{part}"].double() for part in ("weight", "bias"))
+            name, taps, labels, kernel, how = node.attributes["target"], node.attributes["taps"], None, (), ()
+            row, offsets = weight.nonzero(as_tuple=True)
+            values, labels = weight[row, offsets], torch.arange(len(weight))
+        else:
+            layer = self.ticket.layer(node.attributes["layer"])
+            name, taps, labels, kernel = layer.target, layer.taps, self.ticket.slots[layer.name], layer.shape[2:]
+            how, bias = (layer.stride, layer.padding, layer.dilation), self.ticket.bias(layer.name).double()
+            row, offsets, values = self.ticket.kept(layer.name)
+        target, channels = self.target.layers[name], len(self.target_channels(before).low)
+        wanted = target.weight.double().reshape(len(target.weight), channels, -1)  # (C_out, C, K)
+        wanted = torch.where(labels[:, None, None] >= 0, wanted[labels.clamp_min(0)], 0.0)
+        bias = bias - torch.where(labels >= 0, target.bias.double()[labels.clamp_min(0)], 0.0)
+        return Rows(name, labels, wanted, bias, kernel, how, row, offsets // taps, offsets % taps, values.double())
+
+    def parts(self, rows: Rows, before: Slots) -> Iterator[Part]:
+        """What makes rows deviate: layers (R, C, K) on intervals, whose values add up."""
+        if before.copies is not None:
+            yield from self._pair(rows, before, before.copies)
+            return
+        theirs, channels = before.labels[rows.channel], self.target_channels(before)
+        yield rows.part("off", rows.dense(rows.value, rows.channel, len(before.labels)), before.off)
+        sums, terms = (rows.dense(part, theirs, len(channels.low)) for part in (rows.value, rows.value.abs()))
+        yield rows.part("theirs", sums - rows.wanted, channels, terms + rows.wanted.abs())
+
+    def _pair(self, rows: Rows, before: Slots, copies: Copies) -> Iterator[Part]:
+        phi, many, wanted = copies.phi, len(before.labels), rows.wanted
+        slot, entry = copies.column[rows.channel], copies.entry[rows.channel]  # that an entry reads, -1: none
+        # of every channel one slot takes the target's weights on it; those of a channel without one are missing
+        first = _first(before.labels, slot[slot >= 0].unique(), wanted.shape[1])
+        mine = torch.zeros(len(wanted), many, wanted.shape[2], dtype=torch.float64)
+        mine[:, first[first >= 0]] = wanted[:, first >= 0]
+        yield rows.part("theirs", torch.where(first[None, :, None] >= 0, 0.0, -wanted), self.target_channels(before))
+        above, below = (
+            rows.dense(rows.value * entry * torch.where(entry > 0, *slopes), slot, many)
+            for slopes in ((phi.slope_pos, phi.slope_neg), (phi.slope_neg, phi.slope_pos))
+        )
+        terms = rows.dense((rows.value * entry).abs() * phi.lipschitz, slot, many)
+        x = before.own
+        if self.sharp:
+            yield rows.part("off", mine, before.off)
+        else:  # every copy deviates on its own
+            there = before.labels >= 0
+            x = self.theirs(before).where(there, x)
+            off = _chosen(before.off, torch.where(there, torch.arange(many), -1)).magnitude
+            yield rows.part("", terms, Interval(-off, off))
+        terms = terms + mine.abs()
+        if torch.equal(above, below) or not bool((x.low < 0).any()):
+            yield rows.part("own", above - mine, x, terms)
+        else:
+            yield rows.part("", above - mine, x.positive, terms)
+            yield rows.part("", below - mine, x.negative, terms)
+        constant = rows.value * torch.where(slot >= 0, phi.offset, phi.fn(copies.bias)[rows.channel])
+        ones, nowhere = torch.ones_like(x.low[:1]), torch.zeros_like(slot)
+        sums, sizes = (rows.dense(part, nowhere, 1) for part in (constant, constant.abs()))
+        yield rows.part("", sums, Interval(ones, ones), sizes)
+        if not phi.exact:
+            reach = before.own.magnitude[copies.column.clamp_min(0)]
+            error = phi.linear_error(reach * copies.entry.abs().view(-1, *[1] * (reach.ndim - 1)))
+            yield rows.part("", rows.dense(rows.value, rows.channel, len(copies.entry)), Interval(-error, error))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer on numbers that are known up to an interval.
+
+    of: which: `off` and `own` of the slots in front, `theirs` of the channels there, or none of these.
+    """
+
+    of: str
+    weight: Tensor  # (R, C, kernel...) or (R, n)
+    x: Interval  # (C, H, W) or (n,)
+    terms: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a layer of the ticket, and their entries: row, channel that is read, tap and value, (n,) each."""
+
+    target: str
+    labels: Tensor  # (R,)
+    wanted: Tensor  # (R, C, K), the target's weights of the channel that a row stands for
+    bias: Tensor  # (R,), less the target's
+    kernel: tuple[int, ...]
+    how: tuple  # stride, padding, dilation
+    row: Tensor
+    channel: Tensor
+    tap: Tensor
+    value: Tensor  # float64
+
+    def dense(self, value: Tensor, column: Tensor, columns: int) -> Tensor:
+        """(R, columns, K): values (n,) of the entries, added up at their rows, `column` (n,) and taps; -1: nowhere."""
+        there, taps = column >= 0, self.wanted.shape[2]
+        index = (self.row[there] * columns + column[there]) * taps + self.tap[there]
+        flat = torch.zeros(len(self.labels) * columns * taps, dtype=torch.float64)
+        return flat.index_add_(0, index, value[there]).view(len(self.labels), columns, taps)
+
+    def part(self, of: str, weight: Tensor, x: Interval, terms: Tensor | None = None) -> Part:
+        shape = (*weight.shape[:2], *self.kernel) if self.kernel else (len(weight), -1)
+        terms = weight.abs() if terms is None else terms
+        x = x if self.kernel else x.map(torch.flatten)
+        return Part(of, weight.reshape(shape), x, terms.reshape(shape))
+
+
+def _chosen(channels: Interval, labels: Tensor) -> Interval:
+    """Of channels (C, ...) those of the labels, 0 where a label is none."""
+    found = channels[labels.clamp_min(0)]
+    return found.where(labels >= 0, Interval.exactly(torch.zeros_like(found.low)))
+
+
+def _first(labels: Tensor, slots: Tensor, channels: int) -> Tensor:
+    """The first of `slots` that stands for each channel, (channels,); -1: none."""
+    found = torch.full((channels,), -1, dtype=torch.int64)
+    for slot in slots.flip(0).tolist():
+        if labels[slot] >= 0:
+            found[labels[slot]] = slot
+    return found

@@ -1,0 +1,149 @@
+"""`ltx certify TICKET`: a proven bound on how far a ticket is from its target, beside how far it was found to be."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ltx import data, theory
+from ltx.adversary import ascend
+from ltx.certificates import Certificate, certify
+from ltx.config import Settings
+from ltx.deviation import ticket_deviations
+from ltx.errors import LtxError
+from ltx.evaluation import outputs
+from ltx.files import write_json
+from ltx.graph import Graph, fold_batch_norm
+from ltx.report import certificate as report
+from ltx.report.figures import save
+from ltx.tasks import provenance
+from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, some_images
+from ltx.ticket import Ticket
+from ltx.verification import verify
+
+log = logging.getLogger(__name__)
+START_SEED = 0  # of the images that the ascent starts from
+
+
+def run(settings: Settings) -> Path:
+    """Print the bounds, write them beside the ticket; the path of the JSON file.
+
+    Raises:
+        LtxError: the ticket is not valid, or, which would be an error of `ltx`, is farther from its target somewhere
+            than was proven.
+    """
+    path, ticket, target = find_ticket(settings)
+    if target is None:
+        raise LtxError(
+            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; give it with "
+            "target.checkpoint=FILE"
+        )
+    wrong = verify(ticket, target.graph).violations
+    if wrong:
+        raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
+    device, spec = settings.torch_device, data.dataset_spec(target.data)
+    images = some_images(settings, target.data, device)
+    folded = not any(node.op == "batch_norm" for node in ticket.graph)
+    graph = fold_batch_norm(target.graph) if folded else target.graph
+    low, high = (torch.full(spec.shape, value, dtype=torch.float32) for value in (ticket.input_low, ticket.input_high))
+    proven = certify(ticket, graph, low, high)
+    seen = certify(ticket, graph, images.amin(0), images.amax(0))
+    plain = certify(ticket, graph, low, high, sharp=False)
+    network, model = ticket.to_module(device=device), target.model.to(device)
+    found = {"measured": (outputs(network, images, batch_size=32) - outputs(model, images)).abs().amax(0)}
+    if settings.certify.starts:
+        found["ascent"] = _ascent(settings, network, model, low.to(device), high.to(device))
+    for name, values in found.items():
+        over = (values.double().cpu() > proven.bound).nonzero().flatten().tolist()
+        if over:
+            raise LtxError(
+                f"ticket {path}: output {over[0]} is off by {float(values[over[0]]):.6g} ({name}), beyond the proven "
+                f"{float(proven.bound[over[0]]):.6g}; please report this as an error of ltx"
+            )
+    layers = {d.node: d.largest for d in ticket_deviations(ticket, graph, images[:DEVIATION_IMAGES], network=network)}
+    nodes = [{**asdict(node), "measured": layers.get(node.node)} for node in proven.nodes]
+    theorem = _theorem(path, ticket, graph)
+    result = {
+        "ticket": str(path), "construction": ticket.construction, "selection": ticket.selection, "seed": ticket.seed,
+        "activation": ticket.activation, "input_range": [ticket.input_low, ticket.input_high],
+        "certificate": proven.largest, "over_the_data": seen.largest, "plain": plain.largest,
+        "theorem": theorem, **{name: float(values.max()) for name, values in found.items()},
+        "examples": len(images), "starts": settings.certify.starts, "steps": settings.certify.steps,
+        "outputs": _rows(proven, seen, found), "layers": nodes, **provenance.here(),
+    }  # fmt: skip
+    written = path.with_name("certificate.json")
+    write_json(written, result)
+    save(
+        report.figure(nodes, f"{ticket.construction}, {ticket.activation}, seed {ticket.seed}"), written.with_suffix("")
+    )
+    _print(result)
+    return written
+
+
+def _ascent(
+    settings: Settings, network: torch.nn.Module, model: torch.nn.Module, low: Tensor, high: Tensor
+) -> Tensor:  # fmt: skip
+    """The largest deviation of each output that gradient ascent found, (O,); 0 where no start was after an output."""
+    generator = torch.Generator().manual_seed(START_SEED)
+    starts = torch.rand(settings.certify.starts, *low.shape, generator=generator).to(low) * (high - low) + low
+    with tqdm(total=len(starts), desc="gradient ascent", disable=None) as bar:
+        found = ascend(network, model, starts, low, high, steps=settings.certify.steps, on_batch=bar.update)
+    many = outputs(model, starts[:1]).shape[1]
+    zero = torch.zeros(many, device=low.device)
+    return zero.scatter_reduce_(0, found.outputs, found.deviations.float(), "amax")
+
+
+def _theorem(path: Path, ticket: Ticket, graph: Graph) -> float | None:
+    """What the theorem's argument gives for parameters within epsilon; None where they need not be."""
+    if ticket.feedback:
+        return None
+    built = path.with_name("construction.json")
+    scaling = (json.loads(built.read_text()) if built.is_file() else {}).get("scaling") or "layer_max"
+    epsilons, sizes = (
+        dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
+    )  # fmt: skip
+    head = "keep" if any(node.op == "given" for node in ticket.graph) else "construct"
+    return theory.ticket_error(
+        graph, epsilons, sizes, construction=ticket.construction, head=head, scaling=scaling,
+        input_range=(ticket.input_low, ticket.input_high),
+    )  # fmt: skip
+
+
+def _rows(proven: Certificate, seen: Certificate, found: dict[str, Tensor]) -> list[dict]:
+    return [
+        {
+            "output": n, "certificate": float(proven.bound[n]), "over_the_data": float(seen.bound[n]),
+            **{name: float(values[n]) for name, values in found.items()},
+        }
+        for n in range(len(proven.bound))
+    ]  # fmt: skip
+
+
+_TITLES = {
+    "output": "output", "certificate": "proven, all inputs", "over_the_data": "proven, range of the data",
+    "ascent": "found by ascent", "measured": "on test images",
+}  # fmt: skip
+
+
+def _print(result: dict) -> None:
+    columns = [name for name in _TITLES if name in result["outputs"][0]]
+    table = pd.DataFrame(result["outputs"]).loc[:, columns].rename(columns=_TITLES)
+    shown = table.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v)
+    print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
+    theorem = "nothing, no parameter is within epsilon" if result["theorem"] is None else f"{result['theorem']:.4g}"
+    print(
+        f"No output is off by more than {result['certificate']:.4g} for any input with elements in "
+        f"[{result['input_range'][0]:.4g}, {result['input_range'][1]:.4g}]\n"
+        f"(layer by layer, copies apart: {result['plain']:.4g}; by the theorem's argument: {theorem})."
+    )
+    empty = [node["node"] for node in result["layers"] if node["deviation"] >= node["span"]]
+    if empty:
+        print(f"From activation {empty[0]} on a slot may be anywhere in its channel's range: nothing is proven of it.")
+    print()

@@ -1,0 +1,172 @@
+"""Certificates: nothing that is found exceeds what is proven, and what is proven is as near as it should be."""
+
+import json
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import images, one_line, small_cnn, small_resnet
+
+from ltx import LtxError, construct, theory
+from ltx.activations import ACTIVATIONS
+from ltx.adversary import ascend
+from ltx.certificates import certify
+from ltx.graph import trace
+from ltx.intervals import Interval
+
+both = pytest.mark.parametrize("construction", ["2L", "L+1"])
+everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "elu", "hardtanh"])
+SIZE = 6
+
+
+def box(size=SIZE, low=-1.0, high=1.0):
+    return torch.full((1, size, size), low), torch.full((1, size, size), high)
+
+
+def apart(ticket, model, x):
+    """|f_eps - f_t| in float64, the largest for each output; the model is float32 again."""
+    with torch.no_grad():
+        found = (ticket.to_module().double()(x.double()) - model.double()(x.double())).abs().amax(0)
+    model.float()
+    return found
+
+
+@both
+@everywhere
+def test_no_input_exceeds_the_certificate(construction, activation):
+    model = small_cnn(activation)
+    graph = trace(model)
+    ticket = construct(graph, construction=construction, base_set_size=18, epsilon=0.02, head="keep")
+    proven = certify(ticket, graph, *box())
+    for x in (images(200), images(200, seed=1).sign(), torch.zeros(1, 1, SIZE, SIZE)):
+        assert (apart(ticket, model, x) <= proven.bound).all()
+    found = ascend(ticket.to_module(), model, images(12), *box(), steps=30)
+    assert (found.deviations <= proven.bound[found.outputs]).all()
+    assert found.largest <= proven.largest <= 60 * found.largest
+    plain = certify(ticket, graph, *box(), sharp=False)
+    assert (proven.bound <= plain.bound).all()
+    assert proven.largest < (0.9 if construction == "2L" else 1.0) * plain.largest
+
+
+@both
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("batch_norm", ["keep", "fold"])
+def test_residual_networks(construction, activation, batch_norm):
+    model = small_resnet(activation, blocks=1)
+    graph = trace(model)
+    ticket = construct(graph, construction=construction, base_set_size=20, epsilon=0.02, head="construct",
+                       batch_norm=batch_norm, scaling="layer_max")  # fmt: skip
+    proven = certify(ticket, graph, *box(8))
+    x = torch.cat([images(100, 8), images(50, 8, seed=1).sign()])
+    assert (apart(ticket, model, x) <= proven.bound).all()
+    assert len(proven.nodes) == sum(node.op == "activation" for node in graph.nodes)
+
+
+@both
+def test_a_smaller_box_and_a_smaller_epsilon_prove_more(construction):
+    graph = trace(small_cnn("relu"))
+    tickets = [construct(graph, construction=construction, base_set_size=24, epsilon=e) for e in (0.02, 0.002)]
+    bounds = [certify(ticket, graph, *box()).largest for ticket in tickets]
+    assert bounds[1] < 0.3 * bounds[0]
+    assert certify(tickets[0], graph, *box(low=-0.1, high=0.1)).largest < bounds[0]
+    point = images(1)[0]
+    alone = certify(tickets[0], graph, point, point)
+    found = apart(tickets[0], small_cnn("relu"), point[None])
+    assert (alone.outputs.width < 1e-9).all()  # one image: no interval but rounding's
+    assert torch.allclose(alone.bound, found, atol=1e-9)
+
+
+@both
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"])
+def test_measured_certificate_theorem(construction, activation):
+    """Each is at most the next: of an input, of the parameters that are kept, of any within epsilon."""
+    model = small_cnn(activation)
+    graph = trace(model)
+    ticket = construct(graph, construction=construction, base_set_size=18, epsilon=0.02)
+    proven = certify(ticket, graph, *box())
+    every = [{name: value for name in graph.layers} for value in (0.02, 18)]
+    assert float(apart(ticket, model, images(200)).max()) <= proven.largest
+    assert proven.largest <= theory.ticket_error(graph, *every, construction=construction)
+
+
+def test_rows_pass_on_more_than_the_proof_of_theorem_3_2_allows():
+    """Equation (13) lets a row of N parameters pass on N D; slots that deviate by D each on their own make more."""
+    graph = trace(small_cnn("relu", density=0.8))
+    ticket = construct(graph, construction="L+1")
+    rows, _, values = ticket.kept("2")
+    labels = ticket.slots["2"]
+    passed = torch.zeros(len(labels)).index_add_(0, rows, values.abs())
+    parameters = (graph.layers["2"].weight.flatten(1).abs() > 0.01).sum(1)
+    live = labels >= 0
+    assert (passed[live] > parameters[labels[live]]).any()
+
+
+@pytest.mark.parametrize("phi", ACTIVATIONS.values(), ids=lambda p: p.name)
+def test_slopes_hold_on_every_interval(phi):
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.rand(2, 500, generator=generator, dtype=torch.float64) * 10 - 5
+    low, high = ends.amin(0), ends.amax(0)
+    least, largest = phi.slopes(low, high)
+    x, y = (low + (high - low) * torch.rand(400, 500, generator=generator, dtype=torch.float64) for _ in range(2))
+    slope = (phi.fn(y) - phi.fn(x)) / (y - x)
+    slack = 1e-12 / (y - x).abs() + 1e-9
+    assert (slope <= largest + slack).all()
+    assert (slope >= least - slack).all()
+    assert (largest <= phi.lipschitz).all()
+
+
+@pytest.mark.parametrize("phi", ACTIVATIONS.values(), ids=lambda p: p.name)
+def test_linear_errors(phi):
+    reach = torch.tensor([0.0, 1e-6, 1e-3, 0.1, 0.5], dtype=torch.float64)
+    for radius, error in zip(reach.tolist(), phi.linear_error(reach).tolist(), strict=True):
+        x = torch.linspace(-radius, radius, 1001, dtype=torch.float64)
+        straight = torch.where(x >= 0, phi.slope_pos * x, phi.slope_neg * x) + phi.offset
+        assert (phi.fn(x) - straight).abs().max() <= error + 1e-15
+
+
+def test_intervals_are_rounded_outwards():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 300, generator=generator, dtype=torch.float64)
+    x = torch.randn(300, generator=generator, dtype=torch.float64)
+    found = Interval.exactly(x).affine(weight)
+    exact = [
+        sum((Fraction(w) * Fraction(v) for w, v in zip(row.tolist(), x.tolist(), strict=True)), Fraction(0))
+        for row in weight
+    ]
+    for value, low, high in zip(exact, found.low.tolist(), found.high.tolist(), strict=True):
+        assert low <= value <= high
+    assert (found.width < 1e-9).all()
+
+
+def test_boxes_without_images():
+    graph = trace(small_cnn("relu"))
+    ticket = construct(graph)
+    for low, high in ((box()[1], box()[0]), (torch.zeros(6, 6), torch.ones(6, 6)), (box()[0], torch.ones(1, 5, 5))):
+        with pytest.raises(LtxError, match=r"low and high must be images \(C, H, W\) with low <= high"):
+            certify(ticket, graph, low, high)
+
+
+@both
+def test_the_command(construction, ltx, tmp_path):
+    given = ["target=digits", "protocol=smoke", f"construction={construction}"]
+    for command in ("train-target", "construct"):
+        assert ltx(command, *given, output_dir=tmp_path)[0] == 0
+    path = next(tmp_path.glob("tickets/*/*/ticket.safetensors"))
+    status, out, _ = ltx("certify", str(path), "certify.starts=20", "certify.steps=20", output_dir=tmp_path)
+    assert status == 0
+    written = path.with_name("certificate.json")
+    assert out.splitlines()[-1] == str(written)
+    assert "No output is off by more than" in out
+    found = json.loads(written.read_text())
+    assert found["measured"] < found["certificate"]
+    assert found["ascent"] < found["certificate"] <= found["plain"] <= found["theorem"]
+    assert found["over_the_data"] <= found["certificate"]
+    assert written.with_suffix(".png").is_file()
+    before = written.read_bytes()
+    status, out, err = ltx("certify", str(path), "certify.starts=-1", output_dir=tmp_path)
+    assert (status, out) == (1, "")
+    assert "certify.starts=-1: must lie between" in one_line(err)
+    status, out, err = ltx("certify", str(tmp_path / "none.safetensors"), output_dir=tmp_path)
+    assert (status, out) == (1, "")
+    assert "no such file" in one_line(err)
+    assert written.read_bytes() == before
