@@ -52,8 +52,15 @@ class TargetSettings:
     flip: bool = False  # and mirrored, every other one
     seed: int = 0  # of initialisation and training
     checkpoint: str | None = None  # a given target instead of a trained one
+    module: str | None = None  # PACKAGE.MODULE:FACTORY of a network of one's own
+    input_range: list[float] | None = None  # of an input element; null: that of the data
 
     def check(self) -> None:
+        given = self.input_range
+        _require(
+            given is None or (len(given) == 2 and -math.inf < given[0] < given[1] < math.inf),
+            f"target.input_range={given}: must be [LOW, HIGH] with LOW < HIGH, or null",
+        )
         for share in (self.density, *self.densities.values()):
             _require(share is None or 0 < share <= 1, f"target.density={share}: must lie in (0, 1]")
         _require(self.batch_size >= 1, f"target.batch_size={self.batch_size}: must be at least 1")
@@ -180,6 +187,10 @@ class Settings:
         _require(
             self.selection.value != "feedback" or self.construction.value != "sampled",
             "selection=feedback has no meaning with construction=sampled: no ticket is built; use L+1 or 2L",
+        )
+        _require(
+            self.target.module is None or self.construction.value != "sampled",
+            "construction=sampled perturbs the paper's targets alone; leave target.module out, or use L+1 or 2L",
         )
         _require(self.limit is None or self.limit >= 1, f"limit={self.limit}: must be at least 1")
 

@@ -26,6 +26,8 @@ SETTINGS = (
     ("target.weight_decay", "0.1", "0 or more", "AdamW's", TRAIN),
     ("target.bound", "0.99", "positive, null", "parameters are kept within it", TRAIN),
     ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", TICKET),
+    ("target.module", "null", "PACKAGE.MODULE:FACTORY", "a network of your own", (*TICKET, "bounds")),
+    ("target.input_range", "null", "[LOW, HIGH], null", "of an input element; null: that of the data", (*BUILD,)),
     ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", BUILD),
     ("law", "uniform", "uniform, product, normal", "of the base sets", ("subset-sum", "bench")),
     ("m", "15", "1 to 32", "base set size", (*BUILD, "subset-sum", "figures")),

@@ -118,12 +118,10 @@ class Interval:
         spread = operations.affine(radius[None], weight.abs(), None, *how)[0]
         return Interval.around(middle, spread + slack.view(-1, *[1] * (middle.ndim - 1)))
 
-    def average(self, attributes: dict) -> Interval:
+    def average(self, op: str, attributes: dict) -> Interval:
         """An average pooling of images (C, H, W)."""
-        size = attributes["kernel_size"]
-        count = self.low[0].numel() if size is None else size[0] * size[1]
-        pooled = self.map(lambda end: operations.OPERATIONS["avg_pool"]([end[None]], attributes)[0])
-        return pooled.widened((count + 4) * UNIT * self.magnitude.max())
+        pooled = self.map(lambda end: operations.OPERATIONS[op]([end[None]], attributes)[0])
+        return pooled.widened((self.low[0].numel() + 4) * UNIT * self.magnitude.max())
 
     def maximum(self, attributes: dict) -> Interval:
         """The largest of each window."""
@@ -156,8 +154,8 @@ def node_intervals(graph: Graph, box: Interval) -> dict[str, Interval]:
             found[node.name] = inside[0].map(torch.flatten)
         elif node.op == "max_pool":
             found[node.name] = inside[0].maximum(node.attributes)
-        elif node.op == "avg_pool":
-            found[node.name] = inside[0].average(node.attributes)
+        elif node.op in operations.AVERAGES:
+            found[node.name] = inside[0].average(node.op, node.attributes)
         else:
             found[node.name] = elementwise(node, inside)
     return found

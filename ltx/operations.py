@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, addcmul, nn
 from torch.backends import cudnn
 
+POOLINGS = ("max_pool", "avg_pool", "adaptive_avg_pool")
+AVERAGES = POOLINGS[1:]
 Sizes = int | tuple[int, ...]
 
 
@@ -34,7 +36,8 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def _max_pool(inputs: list[Tensor], attributes: dict) -> Tensor:
     return nn.functional.max_pool2d(
-        inputs[0], attributes["kernel_size"], attributes["stride"], attributes["padding"]
+        inputs[0], attributes["kernel_size"], attributes["stride"], attributes["padding"],
+        ceil_mode=attributes.get("ceil_mode", False),
     )  # fmt: skip
 
 
@@ -50,4 +53,5 @@ OPERATIONS: dict[str, Callable[[list[Tensor], dict], Tensor]] = {
     "flatten": lambda inputs, _: inputs[0].flatten(1),
     "max_pool": _max_pool,
     "avg_pool": _avg_pool,
+    "adaptive_avg_pool": lambda inputs, how: nn.functional.adaptive_avg_pool2d(inputs[0], how["output_size"]),
 }

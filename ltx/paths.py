@@ -27,7 +27,8 @@ def reference_target(settings: Settings) -> Path:
 def ticket_file(settings: Settings, target_digest: str) -> Path:
     """The ticket that `ltx construct` writes with these settings for the target of that SHA-256."""
     s = settings
-    target = f"{s.target.name}-{s.activation.value}-{target_digest[:8]}"
+    name = f"{s.target.name}-{s.activation.value}" if s.target.module is None else s.target.module.split(":")[-1]
+    target = f"{name}-{target_digest[:8]}"
     if s.construction.value == "sampled":
         name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-seed{s.seed}"
         return Path(s.output_dir) / "tickets" / target / name / "sampled.safetensors"

@@ -30,7 +30,8 @@ class TicketNode:
     """One operation of the ticket's network.
 
     `op` is input, layer (random parameters under the mask), given (a linear layer taken from the target), batch_norm
-    (given too, one scale and shift for each channel), activation, add, flatten, max_pool, avg_pool or output;
+    (given too, one scale and shift for each channel), activation, add, flatten, max_pool, avg_pool, adaptive_avg_pool
+    or output;
     `attributes` are JSON values.
     """
 

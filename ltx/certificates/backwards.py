@@ -74,11 +74,11 @@ class Backwards:
         elif node.op == "add":
             for name in node.inputs:
                 self._follow(self.off, name, form)
-        elif node.op == "avg_pool":
+        elif node.op in operations.AVERAGES:
             self._follow(
                 self.off,
                 node.inputs[0],
-                _pulled(lambda x: operations.OPERATIONS["avg_pool"]([x], node.attributes), before.off.low, form),
+                _pulled(lambda x: operations.OPERATIONS[node.op]([x], node.attributes), before.off.low, form),
                 before.off,
             )
         elif node.op == "max_pool":
@@ -153,11 +153,11 @@ class Backwards:
         elif node.op == "add":
             for name in node.inputs:
                 self._follow(self.theirs, name, form)
-        elif node.op == "avg_pool":
+        elif node.op in operations.AVERAGES:
             self._follow(
                 self.theirs,
                 name,
-                _pulled(lambda x: operations.OPERATIONS["avg_pool"]([x], node.attributes), before.low, form),
+                _pulled(lambda x: operations.OPERATIONS[node.op]([x], node.attributes), before.low, form),
                 before,
             )
         else:

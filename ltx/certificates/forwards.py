@@ -106,7 +106,7 @@ class Forwards:
         elif node.op == "max_pool":
             off, own = off.maximum(node.attributes), own.maximum(node.attributes)
         else:
-            off, own = off.average(node.attributes), own.average(node.attributes)
+            off, own = (part.average(node.op, node.attributes) for part in (off, own))
         return Slots(node.name, labels, off.where(labels >= 0, own), own)
 
     def slopes(self, node: TicketNode, before: Slots) -> Interval:

@@ -18,6 +18,7 @@ from ltx.constructions.two_for_one import pair_activation, two_for_one
 from ltx.errors import ConstructionError
 from ltx.feedback import Feedback
 from ltx.graph import Graph, Node, fold_batch_norm, trace
+from ltx.operations import POOLINGS
 from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
@@ -240,7 +241,7 @@ class _Walk:
                 behind=tuple(dict.fromkeys(one.behind + other.behind)), bound=one.bound + other.bound,
                 nonnegative=one.nonnegative and other.nonnegative,
             )  # fmt: skip
-        if node.op in ("max_pool", "avg_pool"):
+        if node.op in POOLINGS:
             attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in node.attributes.items()}
             name = builder.add_node(node.name, node.op, (place.node,), **attributes)
             return replace(place, node=name)

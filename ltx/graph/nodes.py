@@ -50,7 +50,7 @@ class Node:
     """One operation of the target."""
 
     name: str
-    op: str  # input | layer | batch_norm | activation | add | flatten | max_pool | avg_pool | output
+    op: str  # input | layer | batch_norm | activation | add | flatten | output, or one of operations.POOLINGS
     inputs: tuple[str, ...] = ()
     layer: Layer | None = None
     activation: Activation | None = None

@@ -43,12 +43,16 @@ def trace(model: nn.Module) -> Graph:
     alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
     memory: dict[str, str] = {}  # node -> the node whose tensor it is a view of
     overwritten: dict[str, str] = {}  # node -> what has changed its tensor in place
+    sizes: set[fx.Node] = set()  # numbers, of which a view tells how it flattens
     for fx_node in traced.nodes:
-        inputs = tuple(alias[a.name] for a in _tensors(fx_node))
+        if _is_size(fx_node, sizes):
+            sizes.add(fx_node)
+            continue
+        inputs = tuple(alias[a.name] for a in _tensors(fx_node) if a not in sizes)
         for name in inputs:
             if memory[name] in overwritten:
                 raise _refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
-        node = _convert(model, fx_node, inputs)
+        node = _convert(model, fx_node, inputs, sizes)
         if _in_place(model, fx_node):
             overwritten[memory[inputs[0]]] = fx_node.name
         if node is None:
@@ -67,6 +71,15 @@ def trace(model: nn.Module) -> Graph:
     if len(inputs) != 1:
         raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
     return Graph(_leading_to_the_output(nodes))
+
+
+def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
+    """Whether it is x.size(0), x.shape or x.shape[0]."""
+    if node.op == "call_method" and node.target == "size":
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return str(node.args[1]) == "shape"
+    return node.op == "call_function" and node.target is operator.getitem and node.args[0] in sizes
 
 
 def _leading_to_the_output(nodes: list[Node]) -> tuple[Node, ...]:
@@ -92,18 +105,19 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return direct if len(direct) > len(node.all_input_nodes) else node.all_input_nodes
 
 
-def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node | None:
+def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...], sizes: set[fx.Node]) -> Node | None:
     if node.op == "placeholder":
         return Node("input", "input")
     if node.op == "output":
         if len(inputs) != 1 or not isinstance(node.args[0], fx.Node):
-            raise ConstructionError("the network returns several tensors; ltx constructs networks of one output")
+            what = "no tensor" if not inputs else "several tensors" if len(inputs) > 1 else "a collection of tensors"
+            raise ConstructionError(f"the network returns {what}; ltx constructs networks that return one tensor")
         return Node("output", "output", inputs)
     if node.op == "call_module":
         name = str(node.target)
         return _convert_module(name, model.get_submodule(name), inputs)
     if node.op in ("call_function", "call_method"):
-        return _convert_function(node, inputs)
+        return _convert_function(node, inputs, sizes)
     raise _refuse(node.name, str(node.target), "parameters used outside a layer are not supported")
 
 
@@ -112,7 +126,7 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
         return Node(name, "layer", inputs, layer=_convolution(name, module))
     if isinstance(module, nn.Linear):
         return Node(name, "layer", inputs, layer=Layer("linear", *_parameters(name, module)))
-    if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Identity):
+    if isinstance(module, _ABSENT):
         return None
     if isinstance(module, nn.Flatten):
         if (module.start_dim, module.end_dim) != (1, -1):
@@ -121,7 +135,7 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
     if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
         return Node(name, "batch_norm", inputs, batch_norm=_batch_norm(name, module))
     if isinstance(module, nn.AdaptiveAvgPool2d):
-        return _average(name, inputs, "AdaptiveAvgPool2d", module.output_size)
+        return _average(name, inputs, module.output_size)
     if isinstance(module, nn.AvgPool2d):
         if module.ceil_mode or _pair(module.padding) != (0, 0) or module.divisor_override:
             raise _refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
@@ -129,13 +143,9 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
         attributes = {"kernel_size": size, "stride": _pair(module.stride or size)}
         return Node(name, "avg_pool", inputs, attributes=attributes)
     if isinstance(module, nn.MaxPool2d):
-        if module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1):
-            raise _refuse(name, "MaxPool2d", "ceil_mode, return_indices and dilation are not supported")
-        size = _pair(module.kernel_size)
-        attributes = {
-            "kernel_size": size, "stride": _pair(module.stride or size), "padding": _pair(module.padding)
-        }  # fmt: skip
-        return Node(name, "max_pool", inputs, attributes=attributes)
+        if module.return_indices or _pair(module.dilation) != (1, 1):
+            raise _refuse(name, "MaxPool2d", "return_indices and dilation are not supported")
+        return _max_pool(name, inputs, module.kernel_size, module.stride, module.padding, module.ceil_mode)
     for family in FAMILIES.values():
         if type(module) is family.module:
             values = {parameter: getattr(module, parameter) for parameter in family.parameters}
@@ -146,6 +156,9 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
     raise _refuse(name, type(module).__name__, f"not supported; there are {known}")
 
 
+_ABSENT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+_DROPOUTS = (nn.functional.dropout, nn.functional.dropout2d, nn.functional.alpha_dropout)
+
 _FUNCTIONS = {
     function: family
     for family in FAMILIES.values()
@@ -154,7 +167,26 @@ _FUNCTIONS = {
 }
 
 
-def _convert_function(node: fx.Node, inputs: tuple[str, ...]) -> Node:
+def _convert_function(node: fx.Node, inputs: tuple[str, ...], sizes: set[fx.Node]) -> Node | None:
+    if node.target in _DROPOUTS:
+        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+        if training:
+            raise _refuse(node.name, "dropout", "is at work in eval mode too; pass training=self.training")
+        return None
+    if node.target in ("view", "reshape", torch.reshape):
+        shape = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+        if len(shape) == 2 and shape[0] in sizes and shape[1] == -1:
+            return Node(node.name, "flatten", inputs)
+        raise _refuse(node.name, "view", "only view(x.size(0), -1), which flattens, keeps one row per image")
+    if node.target in (nn.functional.max_pool2d, torch.max_pool2d):
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        if given.get("return_indices") or _pair(given.get("dilation", 1)) != (1, 1):
+            raise _refuse(node.name, "max_pool2d", "return_indices and dilation are not supported")
+        return _max_pool(
+            node.name, inputs, given["kernel_size"], given.get("stride"), given.get("padding", 0),
+            bool(given.get("ceil_mode", False)),
+        )  # fmt: skip
     if node.target in _FUNCTIONS:
         family = _FUNCTIONS[node.target]  # type: ignore[index]
         values = dict(zip(family.parameters, node.args[1:], strict=False)) | {
@@ -172,7 +204,7 @@ def _convert_function(node: fx.Node, inputs: tuple[str, ...]) -> Node:
         return Node(node.name, "add", inputs)
     if node.target is nn.functional.adaptive_avg_pool2d:
         size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-        return _average(node.name, inputs, "adaptive_avg_pool2d", size)
+        return _average(node.name, inputs, size)
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     raise _refuse(node.name, str(what), "not supported")
 
@@ -180,16 +212,24 @@ def _convert_function(node: fx.Node, inputs: tuple[str, ...]) -> Node:
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
-def _average(name: str, inputs: tuple[str, ...], what: str, size) -> Node:
-    if size not in (1, (1, 1), [1, 1]):
-        raise _refuse(name, what, f"output_size {size}: only the average over the whole image, output_size 1")
-    return Node(name, "avg_pool", inputs, attributes={"kernel_size": None, "stride": None})
+def _max_pool(name: str, inputs: tuple[str, ...], kernel, stride, padding, ceil_mode: bool) -> Node:
+    size = _pair(kernel)
+    attributes = {"kernel_size": size, "stride": _pair(stride or size), "padding": _pair(padding)}
+    return Node(name, "max_pool", inputs, attributes=attributes | ({"ceil_mode": True} if ceil_mode else {}))
+
+
+def _average(name: str, inputs: tuple[str, ...], size) -> Node:
+    """An average over the whole image, or over as many parts of it as `size` says."""
+    if size in (1, (1, 1), [1, 1]):
+        return Node(name, "avg_pool", inputs, attributes={"kernel_size": None, "stride": None})
+    return Node(name, "adaptive_avg_pool", inputs, attributes={"output_size": _pair(size)})
 
 
 def _batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm:
     """Scale and shift with the running statistics, computed in float64."""
     if module.running_mean is None or module.running_var is None:
         raise _refuse(name, type(module).__name__, "without running statistics it is no fixed function")
+    _require_real(name, module, module.running_var)
     with torch.no_grad():
         variance = module.running_var.double().cpu() + module.eps
         gamma, beta = (
@@ -233,6 +273,7 @@ def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tenso
         raise _refuse(name, type(module).__name__, "hooks may change what it computes; remove them")
     if not isinstance(module, Masked) and type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
         raise _refuse(name, type(module).__name__, "a subclass with a forward of its own may compute anything")
+    _require_real(name, module, module.weight)
     with torch.no_grad():
         weight = _in_force(module, "weight")
         bias = torch.zeros(len(weight)) if module.bias is None else _in_force(module, "bias")
@@ -240,6 +281,12 @@ def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tenso
         if not torch.isfinite(tensor).all():
             raise _refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
     return weight, bias
+
+
+def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise _refuse(name, type(module).__name__, f"has {kind} parameters, ltx takes float32; call model.float()")
 
 
 def _in_force(module: nn.Module, part: str) -> Tensor:

@@ -11,6 +11,7 @@ from ltx.errors import LtxError
 from ltx.targets.checkpoints import Checkpoint, load_into, pack, read_checkpoint, save_target
 from ltx.targets.masked import MaskedConv2d, MaskedLinear, prunable
 from ltx.targets.mnist_cnn import mnist_cnn
+from ltx.targets.own import imported, load_own
 from ltx.targets.resnet import resnet22
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"mnist_cnn": mnist_cnn, "resnet22": resnet22}
@@ -24,6 +25,6 @@ def build(network: str, activation: str, *, shape: tuple[int, int, int], classes
 
 
 __all__ = [
-    "NETWORKS", "Checkpoint", "MaskedConv2d", "MaskedLinear", "build", "load_into", "mnist_cnn", "pack",
-    "prunable", "read_checkpoint", "resnet22", "save_target",
+    "NETWORKS", "Checkpoint", "MaskedConv2d", "MaskedLinear", "build", "imported", "load_into", "load_own", "mnist_cnn",
+    "pack", "prunable", "read_checkpoint", "resnet22", "save_target",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ltx import data, theory
+from ltx import theory
 from ltx.config import Settings
 from ltx.constructions import construct
 from ltx.errors import ConstructionError, LtxError
@@ -25,7 +25,7 @@ def run(settings: Settings) -> Path:
     if construction == "sampled":
         raise LtxError("construction=sampled has no source; use L+1 or 2L")
     target = targets_at.load(settings)
-    graph, box = target.graph, data.dataset_spec(target.data).input_range
+    graph, box = target.graph, target.input_range
     head, scaling = settings.head.value, settings.scaling.value
     found = theory.guarantee(
         graph, b.error, b.delta, construction=construction, input_range=box, head=head, scaling=scaling,

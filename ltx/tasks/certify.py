@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ltx import data, theory
+from ltx import theory
 from ltx.adversary import ascend
 from ltx.certificates import Certificate, certify
 from ltx.config import Settings
@@ -48,11 +48,11 @@ def run(settings: Settings) -> Path:
     wrong = verify(ticket, target.graph).violations
     if wrong:
         raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
-    device, spec = settings.torch_device, data.dataset_spec(target.data)
+    device = settings.torch_device
     images = some_images(settings, target.data, device)
     folded = not any(node.op == "batch_norm" for node in ticket.graph)
     graph = fold_batch_norm(target.graph) if folded else target.graph
-    low, high = (torch.full(spec.shape, value, dtype=torch.float32) for value in (ticket.input_low, ticket.input_high))
+    low, high = (torch.full_like(images[0], value, device="cpu") for value in (ticket.input_low, ticket.input_high))
     proven = certify(ticket, graph, low, high)
     seen = certify(ticket, graph, images.amin(0), images.amax(0))
     plain = certify(ticket, graph, low, high, sharp=False)

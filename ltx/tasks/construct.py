@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ltx import data, paths
+from ltx import paths
 from ltx.config import Settings
 from ltx.constructions import Statistics, construct
 from ltx.constructions.sampled import sampled
@@ -54,7 +54,7 @@ def run(settings: Settings) -> Path:
             target.graph, construction=settings.construction.value, base_set_size=settings.m,
             epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
             head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
-            input_range=data.dataset_spec(target.data).input_range, device=device, on_statistics=statistics.append,
+            input_range=target.input_range, device=device, on_statistics=statistics.append,
             on_layer=partial(_advance, bar), **feedback,
         )  # fmt: skip
     except ConstructionError as error:
@@ -87,7 +87,7 @@ def run(settings: Settings) -> Path:
     log.info(
         "%s, %s, seed %d: %d parameters of %d in the source; %d subset-sum problems (%.2f %% without a subset), "
         "%.1f %% of the rows given up; %.2f s, %.1f us a problem",
-        settings.activation.value, settings.construction.value, settings.seed, ticket.parameters,
+        target.activation, settings.construction.value, settings.seed, ticket.parameters,
         ticket.source_parameters, made.problems, 100 * made.failures / max(made.problems, 1),
         100 * made.given_up / max(made.rows, 1), seconds, 1e6 * seconds / max(made.problems, 1),
     )  # fmt: skip
@@ -103,7 +103,7 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     """Write the target with sampled errors: no ticket, but what the paper evaluated for ResNet-22."""
     found = sampled(
         target.model, base_set_size=settings.m, epsilon=settings.epsilon, seed=settings.seed,
-        selection=settings.selection.value, input_range=data.dataset_spec(target.data).input_range,
+        selection=settings.selection.value, input_range=target.input_range,
     )  # fmt: skip
     write_tensors(
         path,

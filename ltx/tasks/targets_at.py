@@ -29,6 +29,7 @@ class Target:
     network: str
     activation: str
     data: str
+    input_range: tuple[float, float]  # of an input element
 
 
 def protocol_of(settings: Settings) -> training.Protocol:
@@ -77,7 +78,7 @@ def describe(path: Path) -> str:
 
 def training_of(path: Path) -> str | None:
     """How a target was trained, in a few words; None where its file does not say."""
-    metadata = targets.read_checkpoint(path).metadata
+    metadata = targets.read_checkpoint(path).metadata if path.is_file() else {}
     if "training" not in metadata:
         return None
     rounds = json.loads(metadata["training"])
@@ -103,6 +104,8 @@ def _differences(settings: Settings, metadata: dict[str, str]) -> dict[str, str]
 
 def load(settings: Settings) -> Target:
     """The target of the settings: target.checkpoint, else `find`; LtxError saying how to train it when absent."""
+    if settings.target.module:
+        return _own(settings, settings.target.module)
     if settings.target.checkpoint:
         target = _read(Path(settings.target.checkpoint).expanduser(), settings)
         if target.network != settings.target.network:
@@ -127,8 +130,11 @@ def load_for(ticket: Ticket, settings: Settings) -> Target | None:
     Raises:
         LtxError: target.checkpoint is another target than the ticket's.
     """
-    if settings.target.checkpoint:
-        target = _read(Path(settings.target.checkpoint).expanduser(), settings, ticket.activation)
+    if settings.target.module or settings.target.checkpoint:
+        target = (
+            _own(settings, settings.target.module) if settings.target.module
+            else _read(Path(str(settings.target.checkpoint)).expanduser(), settings, ticket.activation)
+        )  # fmt: skip
         if target.digest != ticket.target_sha256:
             raise LtxError(
                 f"target {target.path}: has SHA-256 {target.digest[:12]}..., the ticket was made for "
@@ -149,10 +155,32 @@ def load_for(ticket: Ticket, settings: Settings) -> Target | None:
 
 def unfit_range(ticket: Ticket, target: Target) -> str | None:
     """What is wrong where the target's data has inputs outside the range that the ticket was made for."""
-    lo, hi = data.dataset_spec(target.data).input_range
+    lo, hi = target.input_range
     if ticket.input_low <= lo and hi <= ticket.input_high:
         return None
     return f"inputs: made for [{ticket.input_low:g}, {ticket.input_high:g}], {target.data} has [{lo:g}, {hi:g}]"
+
+
+def _own(settings: Settings, name: str) -> Target:
+    """The network of target.module, with target.checkpoint's parameters where one is given."""
+    model, path = targets.imported(name), Path(name)
+    if settings.target.checkpoint:
+        path = Path(settings.target.checkpoint).expanduser()
+        model = targets.load_own(model, targets.read_checkpoint(path), name=name)
+    else:
+        log.info("target.module=%s without target.checkpoint: its parameters are what the factory gives", name)
+    graph = trace(model)
+    functions = dict.fromkeys(node.activation.name for node in graph.nodes if node.activation is not None)
+    return Target(
+        path, model, graph, graph.digest(), name, ",".join(functions) or "identity", settings.data.name,
+        _input_range(settings, settings.data.name),
+    )  # fmt: skip
+
+
+def _input_range(settings: Settings, name: str) -> tuple[float, float]:
+    """What an input element can be: as the settings say, else that of the data."""
+    given = settings.target.input_range
+    return data.dataset_spec(name).input_range if given is None else (given[0], given[1])
 
 
 def _read(path: Path, settings: Settings, activation: str | None = None) -> Target:
@@ -172,4 +200,4 @@ def _read(path: Path, settings: Settings, activation: str | None = None) -> Targ
     if "activation" not in said:
         log.info("%s does not say its activation: taken for %s", path, wanted)
     graph = trace(model)
-    return Target(path, model, graph, graph.digest(), network, wanted, name)
+    return Target(path, model, graph, graph.digest(), network, wanted, name, _input_range(settings, name))

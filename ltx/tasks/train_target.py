@@ -22,6 +22,11 @@ def run(settings: Settings) -> Path:
     """Train the target that the settings describe; the path of its file."""
     if settings.target.checkpoint:
         raise LtxError("train-target: target.checkpoint names a given target; there is nothing to train")
+    if settings.target.module:
+        raise LtxError(
+            "train-target: target.module names a network of your own; train it yourself and give its parameters "
+            "with target.checkpoint"
+        )
     if settings.seed:
         raise LtxError("train-target: seed is the source network's; the training's is target.seed")
     path = paths.target_file(settings)

@@ -113,7 +113,7 @@ def _graph(ticket: Ticket) -> Iterator[str]:
 _ATTRIBUTES = {
     "input": (), "layer": ("layer",), "given": ("target", "taps"), "activation": ("function",), "flatten": (),
     "max_pool": ("kernel_size", "stride", "padding"), "avg_pool": ("kernel_size", "stride"), "output": ("rows",),
-    "batch_norm": (), "add": (),
+    "batch_norm": (), "add": (), "adaptive_avg_pool": ("output_size",),
 }  # fmt: skip
 
 

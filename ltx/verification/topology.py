@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ltx.graph import Graph, Node
+from ltx.operations import POOLINGS
 from ltx.source import SourceLayer
 from ltx.ticket import Ticket, TicketNode
 
@@ -75,7 +76,7 @@ def _target_operations(target: Graph) -> list[Operation]:
         operation: tuple = (node.op,)
         if node.activation is not None:
             operation = ("activation", *sorted(node.activation.attributes.items()))
-        elif node.op in ("max_pool", "avg_pool"):
+        elif node.op in POOLINGS:
             operation = (node.op, *_plain(node.attributes), flat)
         elif node.layer is not None:
             layer = node.layer
@@ -138,7 +139,7 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
         elif node.op == "activation":
             operation = ("activation", *sorted(node.attributes.items()))
             result.add(node, node.inputs, *operation, flat=flat)
-        elif node.op in ("max_pool", "avg_pool"):
+        elif node.op in POOLINGS:
             result.add(node, node.inputs, node.op, *_plain(node.attributes), flat, flat=flat)
         elif node.op == "output":
             result.add(node, node.inputs, "output", flat or bool(node.attributes.get("flatten")), flat=flat)

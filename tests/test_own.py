@@ -1,0 +1,254 @@
+"""Networks of the user's own: traced, constructed, verified; what does not work is refused in one line."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import deviation, images, one_line
+from torch import nn
+from torch.nn.utils import prune
+
+from ltx import construct, verify
+from ltx.errors import ConstructionError
+from ltx.graph import trace
+from ltx.targets import imported
+from ltx.ticket import Ticket
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.Dropout(), nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+def attention():
+    return nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2))
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module `nets_NAME` in the working folder; its name."""
+    name = f"nets_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield name
+    sys.modules.pop(name, None)
+
+
+def narrow(name, width):
+    """A network of torchvision with layers that are narrower by `width`, a tenth of its weights, for 32x32 images."""
+    import torchvision
+
+    model = getattr(torchvision.models, name)(num_classes=3, weights=None)
+    generator = torch.Generator().manual_seed(0)
+
+    def thinner(channels):
+        return max(2, channels // width)
+
+    for parent in [*model.modules()]:
+        for key, child in [*parent.named_children()]:
+            if isinstance(child, nn.Conv2d):
+                inside = 3 if child.in_channels == 3 else thinner(child.in_channels)
+                new = nn.Conv2d(inside, thinner(child.out_channels), child.kernel_size, child.stride, child.padding,
+                                bias=child.bias is not None)  # fmt: skip
+            elif isinstance(child, nn.BatchNorm2d):
+                new = nn.BatchNorm2d(thinner(child.num_features))
+                new.running_mean.normal_(0, 0.1, generator=generator)
+                new.running_var.uniform_(0.5, 1.5, generator=generator)
+            elif isinstance(child, nn.Linear):
+                inside = (
+                    thinner(child.in_features // 49) * 49 if child.in_features % 49 == 0 else thinner(child.in_features)
+                )
+                new = nn.Linear(inside, 3 if child.out_features == 3 else thinner(child.out_features))
+            elif isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size == (7, 7):
+                new = nn.AdaptiveAvgPool2d(7)
+            else:
+                continue
+            setattr(parent, key, new)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                kept = torch.rand(module.weight.shape, generator=generator) < 0.1
+                module.weight.copy_((torch.rand(module.weight.shape, generator=generator) * 1.6 - 0.8) * kept)
+    return model.eval()
+
+
+@pytest.mark.parametrize("construction", ["2L", "L+1"])
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 16), ("resnet34", 32), ("vgg11_bn", 32)])
+def test_networks_of_torchvision(name, width, construction):
+    model = narrow(name, width)
+    graph = trace(model)
+    ticket = construct(graph, construction=construction, base_set_size=20, epsilon=0.01, head="construct",
+                       scaling="layer_max")  # fmt: skip
+    assert verify(ticket, graph).ok
+    assert {layer.target for layer in ticket.layers} == set(graph.layers)
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    if construction == "2L":
+        found = deviation(model, ticket, x)
+        assert 0 < float(found.max()) < 0.2
+
+
+def test_ways_to_write_the_same_network():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = nn.functional.max_pool2d(torch.relu(self.conv(x)), 2)
+            x = nn.functional.dropout(x, training=self.training)
+            return self.head(x.view(x.size(0), -1))
+
+    class Reshaped(Written):
+        def forward(self, x):
+            x = nn.functional.max_pool2d(nn.functional.relu(self.conv(x), inplace=True), kernel_size=2, stride=2)
+            return self.head(x.reshape(x.shape[0], -1))
+
+    torch.manual_seed(0)
+    one, other = Written(), Reshaped()
+    other.load_state_dict(one.state_dict())
+    layers = nn.Sequential(one.conv, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), one.head)
+    kinds = [[node.op for node in trace(model).nodes] for model in (one, other, layers)]
+    assert kinds[0] == kinds[1] == kinds[2]
+    assert trace(one).digest() == trace(other).digest()
+
+
+class Outputs(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(1, 1, 1), how
+
+    def forward(self, x):
+        return self.how(self.conv(x))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def complex_layer():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten())
+    model[0].weight = nn.Parameter(torch.zeros(1, 1, 1, 1, dtype=torch.complex64))
+    return model
+
+
+def with_nan():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight.fill_(torch.nan)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), r"module '0' \(Conv2d\): only convolutions with groups"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), r"module '0' \(ConvTranspose2d\): not supported; there"),
+        (Attention, r"module 'attention' \(MultiheadAttention\): not supported; there are"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.Mish()), r"module '1' \(Mish\): not supported; there are"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)).half(), r"module '0' \(Conv2d\): has float16 parameters, ltx takes"),
+        (complex_layer, r"module '0' \(Conv2d\): has complex64 parameters, ltx takes float32; call model.float\(\)"),
+        (with_nan, r"module '0' \(Conv2d\): its weight has NaN or infinite entries"),
+        (lambda: Outputs(lambda x: (x, x)), "the network returns several tensors|a collection of tensors"),
+        (lambda: Outputs(lambda x: {"out": x}), "the network returns a collection of tensors"),
+        (lambda: Outputs(lambda x: 3), "the network returns no tensor; ltx constructs networks that return one tensor"),
+        (lambda: Outputs(lambda x: x if x.sum() > 0 else -x), "cannot be traced by torch.fx"),
+        (lambda: Outputs(lambda x: nn.functional.dropout(x)), r"\(dropout\): is at work in eval mode too"),
+        (lambda: Outputs(lambda x: x.view(4, -1)), r"\(view\): only view\(x.size\(0\), -1\), which flattens"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(make, message):
+    with pytest.raises(ConstructionError, match=message) as caught:
+        trace(make())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command(own, ltx, tmp_path):
+    given = ["target=digits", f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max"]
+    status, out, err = ltx("construct", *given, "construction=2L")
+    assert status == 0, err
+    path = tmp_path / out.splitlines()[-1]
+    ticket = Ticket.load(path)
+    assert ticket.activation == "relu"
+    for command in ("verify", "eval", "certify"):
+        status, out, err = ltx(command, *given, "construction=2L", *(["certify.starts=4"] * (command == "certify")))
+        assert status == 0, err
+    assert json.loads(path.with_name("result.json").read_text())["network"] == f"{own}:make"
+    again = [str(path), "target=digits", f"target.module={own}:make"]
+    assert ltx("verify", *again)[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "masks", "prune", "parallel"])
+def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
+    model = imported(f"{own}:make")
+    with torch.no_grad():
+        for n in (0, 5, 9):
+            mask = (torch.rand(model[n].weight.shape, generator=torch.Generator().manual_seed(n)) < 0.5).float()
+            if kind == "prune":
+                prune.custom_from_mask(model[n], "weight", mask)
+            elif kind == "masks":
+                model[n].register_buffer("weight_mask", mask)
+            else:
+                model[n].weight.mul_(mask)
+    state = {f"module.{key}" if kind == "parallel" else key: value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "own.pt")
+    given = ["target=digits", f"target.module={own}:make", f"target.checkpoint={tmp_path / 'own.pt'}", "head=construct",
+             "m=20", "scaling=layer_max", "construction=2L"]  # fmt: skip
+    status, out, err = ltx("construct", *given)
+    assert status == 0, err
+    ticket = Ticket.load(tmp_path / out.splitlines()[-1])
+    assert ticket.target_sha256 == trace(model).digest()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("target.module=nothing_here:make", "target.module=nothing_here:make: ModuleNotFoundError: No module named"),
+        ("target.module=OWN:none", "has no attribute 'none'"),
+        ("target.module=OWN", "must be PACKAGE.MODULE:FACTORY, e.g. torchvision.models:resnet18"),
+        ("target.module=OWN:number", "makes a int, not a torch.nn.Module"),
+        ("target.module=OWN:attention", "ltx: "),
+    ],
+)
+def test_bad_modules(given, message, own, ltx, tmp_path):
+    status, out, err = ltx("construct", "target=digits", given.replace("OWN", own))
+    assert (status, out) == (1, "")
+    assert message in err.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("tickets"))
+
+
+def test_modules_that_have_no_meaning(own, ltx, tmp_path):
+    for command, given, message in (
+        ("train-target", [], "train-target: target.module names a network of your own"),
+        ("construct", ["construction=sampled"], "construction=sampled perturbs the paper's targets alone"),
+        ("construct", ["target.input_range=[1,0]"], "must be [LOW, HIGH] with LOW < HIGH, or null"),
+    ):
+        status, _, err = ltx(command, "target=digits", f"target.module={own}:make", *given)
+        assert status == 1
+        assert message in one_line(err)
+
+
+def test_images_of_many_sizes():
+    """Adaptive pooling is the same function of slots as of channels, whatever the image."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(12, 3)
+    ).eval()
+    ticket = construct(model, construction="2L", base_set_size=20)
+    for size in (5, 6, 9):
+        assert float(deviation(model, ticket, images(4, size)).max()) < 0.2
