@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("evaluate", "evaluate a ticket on test data beside its target"),
     "verify": ("verify", "check that a ticket is a subnetwork of its source and approximates its target"),
     "certify": ("certify", "prove how far a ticket can be from its target, beside how far it was found"),
+    "export": ("export", "write a ticket for other tools: dense masks, torch.nn.utils.prune, ONNX"),
     "bounds": ("bounds", "the source that Theorems 3.1 and 3.2 guarantee a ticket in, beside the one that was used"),
     "subset-sum": ("subset_sum", "statistics of random subset-sum problems"),
     "figures": ("figures", "write the paper's Figures 3 and 4, and how failures fall with m"),
@@ -35,11 +36,9 @@ _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
 SUMS = ("subset-sum", "figures", "bench")  # commands about random subset-sum problems alone
 LOWER = {"train-target": "lower target.batch_size, or use device=cpu"}  # what to do when memory has run out
 LOWER_ELSEWHERE = "lower m, give a larger epsilon, or use device=cpu"
-POSITIONAL = {
-    "verify": "ticket",
-    "eval": "ticket",
-    "certify": "ticket",
-}  # `ltx verify FILE` is `ltx verify ticket=FILE`
+POSITIONAL = dict.fromkeys(
+    ("verify", "eval", "certify", "export"), "ticket"
+)  # `ltx verify FILE` is `ltx verify ticket=FILE`
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
 BatchNorm = Enum("BatchNorm", {"keep": "keep", "fold": "fold"})
 Scope = Enum("Scope", {"local": "local", "global": "global"})
 BoundsForm = Enum("BoundsForm", {"norms": "norms", "theorem": "theorem"})
+Format = Enum("Format", {"masks": "masks", "prune": "prune", "onnx": "onnx"})
 Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
 _ACTIVATIONS = (
     "relu", "leaky_relu", "tanh", "sigmoid", "identity", "elu", "celu", "selu", "gelu", "silu", "softplus", "hardtanh",
@@ -152,6 +153,7 @@ class Settings:
     output_dir: str = "outputs"
     ticket: str | None = None
     limit: int | None = None
+    format: Format = Format.masks  # type: ignore[attr-defined]
     use_reference: bool = True
     force: bool = False
 

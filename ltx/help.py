@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-ALL = ("train-target", "construct", "eval", "verify", "certify", "tables", "bounds")
+ALL = ("train-target", "construct", "eval", "verify", "certify", "export", "tables", "bounds")
 SUMS = ("subset-sum", "figures", "bench")
 TRAIN = ("train-target",)
-TICKET = ("construct", "eval", "verify", "certify", "tables")
+TICKET = ("construct", "eval", "verify", "certify", "export", "tables")
 BUILD = (*TICKET, "bounds")
-FILE = ("eval", "verify", "certify")
+FILE = ("eval", "verify", "certify", "export")
 
 # key, default, values, meaning, commands that look at it
 SETTINGS = (
@@ -66,6 +66,7 @@ SETTINGS = (
     ),
     ("bounds.uniform", "3.6", "positive", "C of Corollary 2.2 for uniform base sets", ("bounds",)),
     ("bounds.product", "6.5", "positive", "the same for products of two", ("bounds",)),
+    ("format", "masks", "masks, prune, onnx", "dense parameters and masks, torch.nn.utils.prune's, ONNX", ("export",)),
     ("certify.starts", "100", "0 or more", "of gradient ascent on the deviation", ("certify",)),
     ("certify.steps", "100", "1 or more", "of each", ("certify",)),
     ("theta", "null", "any number, null", "one target for all problems, or uniform on [-1, 1)", ("subset-sum",)),

@@ -22,8 +22,10 @@ class TicketNetwork(nn.Module):
     on a GPU, and on a CPU sparse where that is faster.
     """
 
-    def __init__(self, ticket: Ticket):
+    def __init__(self, ticket: Ticket, *, dense: bool = False):
+        """Args: dense: never take the sparse convolutions, which no exporter and no gradient can follow."""
         super().__init__()
+        self._dense = dense
         self.graph = ticket.graph
         self._layers = {layer.name: layer for layer in ticket.layers}
         self._sparse: dict[str, SparseConvolution] = {}
@@ -43,6 +45,12 @@ class TicketNetwork(nn.Module):
             elif node.op == "batch_norm":
                 scale, shift = (ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
                 self._hold(node.name, scale[self._read[node.name]], shift[self._read[node.name]])
+            if (
+                node.inputs
+                and node.op not in ("layer", "given")
+                and (node.op == "output" or node.inputs[0] not in image)
+            ):
+                self._add_narrowing(node)
         self._last_use = {name: n for n, node in enumerate(ticket.graph) for name in node.inputs}
 
     def _add_layer(self, ticket: Ticket, node: TicketNode, *, whole: bool) -> None:
@@ -60,11 +68,21 @@ class TicketNetwork(nn.Module):
         dense[rows, offsets] = values
         shape = (len(out), len(inside), *layer.shape[2:]) if layer.kind == "conv" else dense.shape
         self._hold(node.name, dense.view(shape), bias)
-        if layer.kind == "conv" and len(values) < SPARSE_BELOW * dense.numel():
+        if layer.kind == "conv" and not self._dense and len(values) < SPARSE_BELOW * dense.numel():
             self._sparse[node.name] = SparseConvolution(
                 rows, offsets, values, bias, channels=len(inside), kernel=layer.shape[2:],  # type: ignore[arg-type]
                 stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
             )  # fmt: skip
+
+    def _add_narrowing(self, node: TicketNode) -> None:
+        """Hold which of its inputs' channels a node takes, where not all."""
+        rows = node.attributes.get("rows")
+        wanted = self._read[node.name] if rows is None else torch.tensor(rows, dtype=torch.int64)
+        for position, name in enumerate(node.inputs):
+            read = self._read[name]
+            if not torch.equal(read, wanted):
+                index = torch.searchsorted(read, wanted).clamp_max(len(read) - 1)
+                self.register_buffer(f"{self._keys[node.name]}_take{position}", index)
 
     def _hold(self, name: str, weight: Tensor, bias: Tensor) -> None:
         key = self._keys[name]
@@ -93,10 +111,10 @@ class TicketNetwork(nn.Module):
         if node.op in ("layer", "given"):
             return self._apply_layer(node, x)
         if node.op == "output":
-            x = self._narrow(x, node.inputs[0], torch.tensor(node.attributes["rows"], dtype=torch.int64))
+            x = self._narrow(x, node, 0)
             return x.flatten(1) if node.attributes.get("flatten") else x
         if node.inputs[0] not in self._image:
-            inputs = [self._narrow(x, name, self._read[node.name]) for x, name in zip(inputs, node.inputs, strict=True)]
+            inputs = [self._narrow(x, node, position) for position, x in enumerate(inputs)]
             x = inputs[0]
         if node.op == "activation":
             return from_attributes(node.attributes).fn(x)
@@ -104,12 +122,10 @@ class TicketNetwork(nn.Module):
             return operations.scale_and_shift(x, *self._held(node.name))
         return operations.OPERATIONS[node.op](inputs, node.attributes)
 
-    def _narrow(self, x: Tensor, name: str, channels: Tensor) -> Tensor:
-        """Of a node's tensor the given channels, which are among those that are read."""
-        read = self._read[name]
-        if torch.equal(read, channels):
-            return x
-        return x[:, torch.searchsorted(read, channels).clamp_max(len(read) - 1).to(x.device)]
+    def _narrow(self, x: Tensor, node: TicketNode, position: int) -> Tensor:
+        """Of an input of a node the channels that the node takes."""
+        key = f"{self._keys[node.name]}_take{position}"
+        return x[:, self.get_buffer(key)] if hasattr(self, key) else x
 
     def _held(self, name: str) -> tuple[Tensor, Tensor]:
         key = self._keys[name]

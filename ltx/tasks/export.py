@@ -1,0 +1,38 @@
+"""`ltx export TICKET format=...`: a ticket for other tools, beside it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from ltx import data
+from ltx.config import Settings
+from ltx.errors import LtxError
+from ltx.export import masked_network, onnx, state_dict
+from ltx.files import replacing, write_tensors
+from ltx.tasks.evaluate import find_ticket
+from ltx.verification import verify
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> Path:
+    """Write the ticket in another format; the path of the file."""
+    path, ticket, target = find_ticket(settings)
+    wrong = verify(ticket).violations
+    if wrong:
+        raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
+    kind = settings.format.value
+    written = path.with_name(path.stem + {"masks": ".masks.safetensors", "prune": ".prune.pt", "onnx": ".onnx"}[kind])
+    if kind == "onnx":
+        onnx(ticket, written, data.dataset_spec(settings.data.name if target is None else target.data).shape)
+        return written
+    log.info("%d parameters of the source, and as many masks", ticket.source_parameters)
+    if kind == "masks":
+        write_tensors(written, state_dict(ticket), {"format": "ltx-masks/1", "seed": str(ticket.seed)})
+    else:
+        with replacing(written) as part:
+            torch.save(masked_network(ticket).state_dict(), part)
+    return written

@@ -1,0 +1,113 @@
+"""Tickets in other formats compute the same."""
+
+import builtins
+
+import pytest
+import torch
+from conftest import images, one_line, small_cnn, small_resnet
+from torch import nn
+
+from ltx import LtxError, construct, export
+from ltx.files import read_tensors
+from ltx.ticket import Ticket
+
+CASES = [
+    (lambda: small_cnn("tanh"), 6, {}),
+    (lambda: small_cnn("sigmoid"), 6, {"head": "construct", "base_set_size": 22}),
+    (lambda: small_resnet("relu", blocks=1), 8, {"head": "construct", "scaling": "layer_max", "base_set_size": 20}),
+    (lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ELU(0.5), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((1, 2)),
+        nn.Flatten(), nn.Linear(4, 3)).eval(), 11, {}),
+]  # fmt: skip
+cases = pytest.mark.parametrize(("make", "size", "how"), CASES)
+both = pytest.mark.parametrize("construction", ["2L", "L+1"])
+
+
+def made(make, construction, how):
+    torch.manual_seed(0)
+    return construct(make(), construction=construction, epsilon=0.02, **how)
+
+
+@both
+@cases
+def test_the_masked_network_computes_the_same(make, size, how, construction):
+    ticket = made(make, construction, how)
+    network, x = export.masked_network(ticket), images(5, size)
+    with torch.no_grad():
+        assert torch.allclose(network(x), ticket.to_module()(x), atol=1e-4)
+    state = network.state_dict()
+    masks = [mask for key, mask in state.items() if key.endswith("_mask")]
+    assert sum(int(mask.sum()) for mask in masks) == ticket.parameters
+    assert sum(mask.numel() for mask in masks) >= ticket.source_parameters - sum(
+        layer.shape[0] for layer in ticket.layers
+    )
+    again = export.masked_network(ticket)
+    again.load_state_dict(state)
+    assert all(module.weight.eq(module.weight_orig * module.weight_mask).all() for module in again.modules()
+               if hasattr(module, "weight_orig"))  # fmt: skip
+
+
+@both
+def test_the_state_dict_holds_the_source_and_the_mask(construction):
+    ticket = made(*CASES[0][:1], construction, CASES[0][2])
+    state = export.state_dict(ticket)
+    for layer in ticket.layers:
+        weight, mask = state[f"{layer.name}.weight"], state[f"{layer.name}.weight_mask"]
+        assert weight.shape == mask.shape == layer.shape
+        assert torch.equal(weight * mask, ticket.weight(layer.name))
+        assert torch.equal(mask.flatten().nonzero().flatten(), ticket.masks[layer.name])
+        assert (weight != 0).float().mean() > 0.99  # what is pruned is there too
+    assert {name for name in state if name.startswith("given.")} == {f"given.{name}" for name in ticket.given}
+
+
+@both
+@pytest.mark.parametrize(("make", "size", "how"), CASES[2:])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_onnx_computes_the_same(make, size, how, construction, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    ticket = made(make, construction, how)
+    export.onnx(ticket, tmp_path / "ticket.onnx", (1, size, size))
+    session = runtime.InferenceSession(str(tmp_path / "ticket.onnx"))
+    for many in (1, 7):
+        x = images(many, size)
+        (found,) = session.run(None, {"images": x.numpy()})
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(found), ticket.to_module()(x), atol=1e-4)
+    assert [file.name for file in tmp_path.iterdir()] == ["ticket.onnx"]
+
+
+def test_onnx_without_its_packages(monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == "onnxscript":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    ticket = made(*CASES[0][:1], "2L", CASES[0][2])
+    with pytest.raises(LtxError, match=r"install them with: pip install 'ltx\[onnx\]'"):
+        export.onnx(ticket, tmp_path / "ticket.onnx", (1, 6, 6))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(ltx, tmp_path):
+    given = ["target=digits", "protocol=smoke", "construction=2L"]
+    for command in ("train-target", "construct"):
+        assert ltx(command, *given)[0] == 0
+    path = next(tmp_path.glob("tickets/*/*/ticket.safetensors"))
+    ticket = Ticket.load(path)
+    status, out, _ = ltx("export", str(path))
+    assert (status, out.splitlines()[-1]) == (0, str(path.with_name("ticket.masks.safetensors")))
+    state, metadata = read_tensors(path.with_name("ticket.masks.safetensors"))
+    assert sum(int(mask.sum()) for name, mask in state.items() if name.endswith("_mask")) == ticket.parameters
+    assert metadata["format"] == "ltx-masks/1"
+    assert ltx("export", str(path), "format=prune")[0] == 0
+    state = torch.load(path.with_name("ticket.prune.pt"), weights_only=True)
+    export.masked_network(ticket).load_state_dict(state)
+    status, out, err = ltx("export", str(path), "format=jpeg")
+    assert (status, out) == (1, "")
+    assert "format" in err
+    status, out, err = ltx("export", str(tmp_path / "no"))
+    assert (status, out) == (1, "")
+    assert "no such file" in one_line(err)
