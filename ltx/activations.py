@@ -74,8 +74,8 @@ class Activation:
         if self.steepest is not None:
             with torch.enable_grad():
                 ends = [end.detach().clone().requires_grad_() for end in (low, high)]
-                at = [torch.autograd.grad(self.fn(end).sum(), end)[0] * (1 + 1e-12 * k)
-                      for end in ends for k in (-1, 1)]  # fmt: skip
+                slopes = [torch.autograd.grad(self.fn(end).sum(), end)[0] for end in ends]
+            at = [slope + slack for slope in slopes for slack in (-1e-12, 1e-12)]  # few digits where phi is flat
             inside = (low <= self.steepest) & (self.steepest <= high)
             least = torch.maximum(least, torch.minimum(at[0], at[2]))
             largest = torch.where(inside, largest, torch.minimum(largest, torch.maximum(at[1], at[3])))

@@ -65,6 +65,9 @@ class Interval:
     def __sub__(self, other: Interval) -> Interval:
         return Interval(self.low - other.high, self.high - other.low).widened()
 
+    def __neg__(self) -> Interval:
+        return Interval(-self.high, -self.low)
+
     def __getitem__(self, index) -> Interval:
         return Interval(self.low[index], self.high[index])
 

@@ -5,7 +5,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import images, one_line, small_cnn, small_resnet
+from conftest import images, one_line, randomise, small_cnn, small_resnet
+from torch import nn
 
 from ltx import LtxError, construct, theory
 from ltx.activations import ACTIVATIONS
@@ -13,6 +14,7 @@ from ltx.adversary import ascend
 from ltx.certificates import certify
 from ltx.graph import trace
 from ltx.intervals import Interval
+from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "elu", "hardtanh"])
@@ -60,6 +62,42 @@ def test_residual_networks(construction, activation, batch_norm):
     x = torch.cat([images(100, 8), images(50, 8, seed=1).sign()])
     assert (apart(ticket, model, x) <= proven.bound).all()
     assert len(proven.nodes) == sum(node.op == "activation" for node in graph.nodes)
+
+
+NETWORKS = {
+    "max pooling": lambda phi: nn.Sequential(
+        MaskedConv2d(1, 3, 3, padding=1), phi, nn.MaxPool2d(3, 2, 1, ceil_mode=True), MaskedConv2d(3, 3, 3, stride=2),
+        nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), MaskedLinear(6, 3)),
+    "linear": lambda phi: nn.Sequential(
+        nn.Flatten(), MaskedLinear(64, 5), phi, MaskedLinear(5, 4), phi, MaskedLinear(4, 3)),
+    "dilated": lambda phi: nn.Sequential(
+        MaskedConv2d(1, 3, 3, padding=2, dilation=2), nn.AvgPool2d(2), phi, MaskedConv2d(3, 3, 3, padding=1, stride=2),
+        nn.MaxPool2d(2), phi, nn.Flatten(), MaskedLinear(3, 3)),
+}  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("phi", [nn.ReLU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.GELU()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("head", ["keep", "construct"])
+def test_other_networks_in_boxes_and_points(name, phi, construction, head):
+    model = NETWORKS[name](phi).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in model:
+        if isinstance(module, MaskedConv2d | MaskedLinear):
+            randomise(module, generator, 0.9)
+    graph = trace(model)
+    ticket = construct(graph, construction=construction, base_set_size=20, epsilon=0.02, head=head)
+    proven = certify(ticket, graph, *box(8))
+    x = torch.cat([images(100, 8), images(100, 8, seed=1).sign()])
+    assert (apart(ticket, model, x) <= proven.bound).all()
+    for point in images(5, 8, seed=2):
+        with torch.no_grad():
+            found = (ticket.to_module().double()(point[None].double()) - model.double()(point[None].double()))[0]
+        model.float()
+        alone = certify(ticket, graph, point, point).outputs
+        assert (alone.low - 1e-12 <= found).all()
+        assert (found <= alone.high + 1e-12).all()
 
 
 @both

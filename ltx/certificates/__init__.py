@@ -59,7 +59,8 @@ def certify(ticket: Ticket, target: Graph, low: Tensor, high: Tensor, *, sharp: 
 
     Args:
         ticket: one that `ltx.verification.verify` finds in order.
-        target: the graph that it was made for.
+        target: the graph that it was made for; where the ticket folds batch norm, the bound is to the folded target,
+            whose parameters are rounded to float32.
         low, high: (C, H, W), the least and largest value of each element; any float type, exactly taken.
         sharp: whether the copies in a pair are treated as functions of the slot that they read, and not as slots with
             deviations of their own; and whether a second pass goes back from the outputs.

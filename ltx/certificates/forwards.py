@@ -78,6 +78,11 @@ class Forwards:
             rows = torch.tensor(node.attributes["rows"], dtype=torch.int64)
             return replace(before, off=before.off[rows].map(torch.flatten))
         if node.op == "flatten":
+            if (
+                before.target == "input" and before.copies is None
+            ):  # whose elements a linear layer reads as channels of their own
+                every = torch.arange(before.own.low.numel())
+                return Slots("input", every, before.off.map(torch.flatten), before.own.map(torch.flatten))
             return before  # its channels keep their taps beside them
         if node.op == "layer":
             layer = self.ticket.layer(node.attributes["layer"])
@@ -104,7 +109,10 @@ class Forwards:
             off, own = off + inside[1].off, own + inside[1].own
             labels = torch.where(labels == inside[1].labels, labels, DEAD)
         elif node.op == "max_pool":
-            off, own = off.maximum(node.attributes), own.maximum(node.attributes)
+            # max(x + d) - max(x) lies between the least and the largest d of a window
+            theirs, own = self.theirs(before).maximum(node.attributes), own.maximum(node.attributes)
+            least = (-off).maximum(node.attributes).high
+            off = Interval(-least, off.maximum(node.attributes).high).within(own - theirs)
         else:
             off, own = (part.average(node.op, node.attributes) for part in (off, own))
         return Slots(node.name, labels, off.where(labels >= 0, own), own)
@@ -185,7 +193,7 @@ class Forwards:
         mine[:, first[first >= 0]] = wanted[:, first >= 0]
         yield rows.part("theirs", torch.where(first[None, :, None] >= 0, 0.0, -wanted), self.target_channels(before))
         above, below = (
-            rows.dense(rows.value * entry * torch.where(entry > 0, *slopes), slot, many)
+            rows.dense(rows.value * entry * torch.where(entry > 0, *(_exact(slope) for slope in slopes)), slot, many)
             for slopes in ((phi.slope_pos, phi.slope_neg), (phi.slope_neg, phi.slope_pos))
         )
         terms = rows.dense((rows.value * entry).abs() * phi.lipschitz, slot, many)
@@ -253,6 +261,11 @@ class Rows:
         terms = weight.abs() if terms is None else terms
         x = x if self.kernel else x.map(torch.flatten)
         return Part(of, weight.reshape(shape), x, terms.reshape(shape))
+
+
+def _exact(value: float) -> Tensor:
+    """A number as float64, which torch.where would take as float32."""
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _chosen(channels: Interval, labels: Tensor) -> Interval:
