@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ltx.errors import LtxError
 from ltx.feedback import IMAGES, Feedback
-from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
+from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS, PRODUCT, UNIFORM
 
 # Hydra matches enums by name, and these names are no identifiers
 Construction = Enum("Construction", {"2L": "2L", "L+1": "L+1", "sampled": "sampled"})
@@ -103,8 +103,8 @@ class BoundsSettings:
     error: float = 0.1  # largest deviation of an output
     delta: float = 0.05  # probability that there is no such ticket
     form: BoundsForm = BoundsForm.norms  # type: ignore[attr-defined]
-    uniform: float = 3.6  # C of Corollary 2.2, of uniform base sets (ltx/theory.py says how it was measured)
-    product: float = 6.5  # the same of products of two
+    uniform: float = UNIFORM  # C of Corollary 2.2, of uniform base sets
+    product: float = PRODUCT  # the same of products of two
 
     def check(self) -> None:
         for name in ("error", "uniform", "product"):

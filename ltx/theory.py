@@ -33,7 +33,7 @@ m times: the smallest solution is found by iteration, for which the paper bounds
 signs are random. Here it has so many rows that m of each sign that is needed are among them, again with a union bound,
 for which half of delta is set aside. The layers behind have a row for each of their channels, m times as many in L+1.
 
-C is a measurement (`UNIFORM`, `PRODUCT`), not a theorem: Lueker's proof gives none. A guarantee is as good as it.
+C is a measurement (`ltx/subset_sum/limits.py`), not a theorem: Lueker's proof gives none. A guarantee is as good as it.
 """
 
 from __future__ import annotations
@@ -51,10 +51,8 @@ from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
 from ltx.graph import Graph, Layer, Node
 from ltx.intervals import channel_intervals
+from ltx.subset_sum.limits import PRODUCT, UNIFORM
 
-# C of Corollary 2.2 for theta = 1, the hardest: above its largest values in `python scripts/constants.py`, which are
-# 3.54 and 6.33 (seed 0, 100,000 problems for each m, epsilon 0.1, 0.01 and 0.001)
-UNIFORM, PRODUCT = 3.6, 6.5
 FORMS = ("norms", "theorem")
 
 

@@ -94,24 +94,32 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, network: str) -> nn.M
     """
     expected = model.state_dict()
     state = _without_ones(checkpoint.state, expected)
+    require_layout(checkpoint.path, state, expected, network=network, instead="choose the target= it was made for")
+    for name in expected:
+        if name.endswith("_mask") and not ((state[name] == 0) | (state[name] == 1)).all():
+            raise CheckpointError(f"checkpoint {checkpoint.path}: mask '{name}' has entries other than 0 and 1")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def require_layout(
+    path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, network: str, instead: str
+) -> None:
+    """CheckpointError where keys or shapes of a checkpoint are not a network's; `instead`: what to do about it."""
     missing = [name for name in expected if name not in state]
     extra = [name for name in state if name not in expected]
     if missing or extra:
         sample = ", ".join([f"no '{n}'" for n in missing[:2]] + [f"unexpected '{n}'" for n in extra[:2]])
         raise CheckpointError(
-            f"checkpoint {checkpoint.path}: not a {network} ({sample}; {len(missing)} keys missing, "
-            f"{len(extra)} unexpected); choose the target= it was made for"
+            f"checkpoint {path}: not a {network} ({sample}; {len(missing)} keys missing, {len(extra)} unexpected); "
+            f"{instead}"
         )
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
             raise CheckpointError(
-                f"checkpoint {checkpoint.path}: '{name}' has shape {tuple(state[name].shape)}, "
-                f"{network} needs {tuple(tensor.shape)}; choose the target= it was made for"
+                f"checkpoint {path}: '{name}' has shape {tuple(state[name].shape)}, {network} needs "
+                f"{tuple(tensor.shape)}; {instead}"
             )
-        if name.endswith("_mask") and not ((state[name] == 0) | (state[name] == 1)).all():
-            raise CheckpointError(f"checkpoint {checkpoint.path}: mask '{name}' has entries other than 0 and 1")
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def _without_ones(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,11 +6,10 @@ import importlib
 import os
 import sys
 
-import torch
 from torch import nn
 
 from ltx.errors import CheckpointError, LtxError
-from ltx.targets.checkpoints import Checkpoint
+from ltx.targets.checkpoints import Checkpoint, require_layout
 
 
 def imported(name: str) -> nn.Module:
@@ -55,20 +54,7 @@ def load_own(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> nn.Modul
         if dense is None or dense.shape != mask.shape:
             raise CheckpointError(f"checkpoint {checkpoint.path}: mask '{key}' has no parameter of its shape")
         state[parameter] = dense * mask
-    missing = [key for key in expected if key not in state]
-    extra = [key for key in state if key not in expected]
-    if missing or extra:
-        sample = ", ".join([f"no '{n}'" for n in missing[:2]] + [f"unexpected '{n}'" for n in extra[:2]])
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path}: not one of {name} ({sample}; {len(missing)} keys missing, {len(extra)} "
-            "unexpected); give a state_dict of the network that target.module makes"
-        )
-    for key, tensor in expected.items():
-        if tensor.shape != state[key].shape:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path}: '{key}' has shape {tuple(state[key].shape)}, {name} needs "
-                f"{tuple(tensor.shape)}"
-            )
-    with torch.no_grad():
-        model.load_state_dict(state)
+    instead = "give a state_dict of the network that target.module makes"
+    require_layout(checkpoint.path, state, expected, network=name, instead=instead)
+    model.load_state_dict(state)
     return model.eval()
