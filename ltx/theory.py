@@ -39,7 +39,7 @@ C is a measurement (`ltx/subset_sum/limits.py`), not a theorem: Lueker's proof g
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -164,7 +164,7 @@ def guarantee(
     _check(0 < delta < 1, f"delta {delta:g} must lie between 0 and 1")
     _check(min(uniform, product) > 0, f"the constants C, {uniform:g} and {product:g}, must be positive")
     _check(form in FORMS, f"form '{form}' is not known; there are {', '.join(FORMS)}")
-    kept = graph.head if head == "keep" else None
+    kept = graph.head if head == "keep" else ()
     joined = layout(graph, 0.0, kept=kept)
     parts = _parts(graph, joined, construction, kept, input_range, scaling)
     signed = [part for part in parts.values() if part.pair and part.signed]
@@ -213,7 +213,7 @@ def failure_probability(
 
     The other way round: rho exp(-m / C), where Corollary 2.2 says anything, i.e. epsilon >= exp(-m / C); 1 elsewhere.
     """
-    kept = graph.head if head == "keep" else None
+    kept = graph.head if head == "keep" else ()
     joined = layout(graph, epsilon, kept=kept)
     parts = _parts(graph, joined, construction, kept, input_range, scaling)
     problems = _problems(parts, joined, dict.fromkeys(parts, base_set_size), construction)
@@ -246,7 +246,7 @@ def ticket_error(
         epsilons: layer -> error of its parameters.
         sizes: layer -> its m: a parameter is a sum of at most so many entries.
     """
-    kept = graph.head if head == "keep" else None
+    kept = graph.head if head == "keep" else ()
     parts = _parts(graph, layout(graph, 0.0, kept=kept), construction, kept, input_range, scaling)
     deviation: dict[str, float] = {}
     for node in graph.nodes:
@@ -266,13 +266,13 @@ def ticket_error(
 
 
 def _parts(
-    graph: Graph, joined: Layout, construction: str, kept: str | None, input_range: tuple[float, float], scaling: str
+    graph: Graph, joined: Layout, construction: str, kept: Sequence[str], input_range: tuple[float, float], scaling: str
 ) -> dict[str, _Part]:  # fmt: skip
     """The layers that are approximated, in their order."""
     _check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
     bounds, found = channel_intervals(graph, input_range), {}
     for name, layer in graph.layers.items():
-        if name == kept:
+        if name in kept:
             continue
         before = graph[name].inputs[0]
         reads, inside = joined.stream[before], bounds[before]

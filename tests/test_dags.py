@@ -107,6 +107,14 @@ ODD = {
         lambda s, x: s.d(relu(s.c(nn.functional.leaky_relu(s.n(s.a(x)), 0.3)))),
         a=conv(1, 2, bias=False), n=nn.BatchNorm2d(2), c=conv(2, 2), d=conv(2, 2, bias=False),
     ),
+    "concatenated branches": random_net(
+        lambda s, x: (lambda y: s.d(torch.cat([relu(s.b(y)), relu(s.c(y))], 1)))(relu(s.a(x))),
+        a=conv(1, 2), b=conv(2, 2, 1), c=conv(2, 3), d=conv(5, 2),
+    ),
+    "concatenated with the image, again and flattened": random_net(
+        lambda s, x: s.d(torch.cat([y := torch.cat([x, relu(s.a(x))], 1), relu(s.b(y))], 1).flatten(1)),
+        a=conv(1, 2), b=conv(3, 2), d=nn.Linear(5 * 64, 2),
+    ),
     "constants near 0": random_net(
         lambda s, x: s.d(relu(s.c(relu(s.n(s.a(x)))))),
         a=conv(1, 2, bias=False), n=nn.BatchNorm2d(2), c=conv(2, 2), d=conv(2, 2),

@@ -86,7 +86,9 @@ def narrow(name, width):
 
 
 @pytest.mark.parametrize("construction", ["2L", "L+1"])
-@pytest.mark.parametrize(("name", "width"), [("resnet18", 16), ("resnet34", 32), ("vgg11_bn", 32)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("resnet18", 16), ("resnet34", 32), ("vgg11_bn", 32), ("squeezenet1_1", 16)]
+)
 def test_networks_of_torchvision(name, width, construction):
     model = narrow(name, width)
     graph = trace(model)

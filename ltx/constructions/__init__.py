@@ -126,8 +126,8 @@ class _Walk:
 
     def __init__(self, graph: Graph, builder: TicketBuilder, construction: str, head: str):
         self.graph, self.builder, self.construction = graph, builder, construction
-        self.kept = graph.head if head == "keep" else None
-        if all(name == self.kept for name in graph.layers):
+        self.kept = graph.head if head == "keep" else ()
+        if all(name in self.kept for name in graph.layers):
             raise ConstructionError("the network has no layer besides its head; use head='construct'")
         self.layout = layout(graph, builder.plan.epsilon, kept=self.kept)
         self.streams = {
@@ -178,7 +178,7 @@ class _Walk:
     def _slots(self, name: str) -> int:
         """How many slots of each channel that a layer writes are read: many where L+1 approximates what reads them."""
         stream = self.layout.stream
-        readers = [n for n in self.graph.nodes if n.op == "layer" and n.name != self.kept]
+        readers = [n for n in self.graph.nodes if n.op == "layer" and n.name not in self.kept]
         several = self.construction == "L+1" and any(stream[n.inputs[0]] == stream[name] for n in readers)
         return self.builder.copies(self.streams[stream[name]]) if several else 1
 
@@ -186,7 +186,7 @@ class _Walk:
         rows: list[int] = []
         if place.stream is not None:
             channels = torch.arange(place.stream.width)
-            kept = self.kept in place.behind  # its rows are the outputs
+            kept = any(name in self.kept for name in place.behind)  # its rows are the outputs
             rows = (channels if kept else place.stream.take(place.behind, channels, 1, 0)[0][:, 0]).tolist()
         flatten = {"flatten": True} if place.flattened else {}
         self.builder.add_node("output", "output", (place.node,), rows=rows, **flatten)
@@ -254,7 +254,7 @@ class _Walk:
             raise ConstructionError(f"layer {node.name}: a linear layer on images; flatten them first")
         name, bound = node.name, math.inf
         stream = self.streams[self.layout.stream[name]]
-        if name == self.kept:
+        if name in self.kept:
             weight = place.entries(target)
             taken = place.take(weight.ne(0).any(0), 1, 0)
             written = self.builder.add_head(name, place, target, weight, taken.slots[:, 0])

@@ -7,7 +7,7 @@ writers, the layers whose rows are its slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,11 +42,11 @@ class Layout:
     needs: frozenset[str]  # layers that read constants
 
 
-def layout(graph: Graph, epsilon: float, *, kept: str | None) -> Layout:
+def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
     """Find the streams of a target.
 
     Args:
-        kept: a layer that is taken from the target and reads no constants.
+        kept: layers that are taken from the target and read no constants.
 
     Raises:
         ConstructionError: a sum with the image, of an image with a vector, or a bias that no constant can make.
@@ -74,7 +74,7 @@ def layout(graph: Graph, epsilon: float, *, kept: str | None) -> Layout:
     needs: set[str] = set()
     for name in reversed(writers):
         # readers stand behind a stream, so that what they need is known; all but the image can have constants
-        readers = [n for n in graph.nodes if n.op == "layer" and stream[n.inputs[0]] == name and n.name != kept]
+        readers = [n for n in graph.nodes if n.op == "layer" and stream[n.inputs[0]] == name and n.name not in kept]
         for node in readers:
             assert node.layer is not None
             made = constants.get(stream[node.name])

@@ -55,7 +55,8 @@ class Node:
     layer: Layer | None = None
     activation: Activation | None = None
     batch_norm: BatchNorm | None = None
-    attributes: dict = field(default_factory=dict)  # of a pooling: kernel_size (None: global), stride, padding
+    # of a pooling: kernel_size (None: global), stride, padding; of a layer that reads part of a concatenation: part_of
+    attributes: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ class Graph:
         """Whether layer `name` is a projection shortcut: linear, and added to a path from the same input that is not.
 
         Behind the layer there is nothing but batch norm in front of the sum; the sum's other side reads the layer's
-        input through at least one activation, as that of a residual block does.
+        input through at least one activation, as that of a residual block does. A layer that reads a part of a
+        concatenation is none, whatever its sum's other parts read.
         """
+        if "part_of" in self[name].attributes:
+            return False
         last, after = name, self.readers(name)
         while len(after) == 1 and after[0].op == "batch_norm":
             last, after = after[0].name, self.readers(after[0].name)
@@ -98,17 +102,27 @@ class Graph:
                 stack += [(before, passed) for before in nodes[other].inputs if other != start]
         return (start, True) in reached
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The layer of this name; where it reads a concatenation the layers whose sum it is; none of any other node."""
+        if self[name].layer is not None:
+            return (name,)
+        return tuple(node.name for node in self.nodes if node.attributes.get("part_of") == name)
+
     @property
-    def head(self) -> str:
-        """Name of the classifier: the last linear layer; ConstructionError where the output is none."""
+    def head(self) -> tuple[str, ...]:
+        """Name of the classifier, the last linear layer; of its parts, where it reads a concatenation.
+
+        Raises:
+            ConstructionError: the output is that of no linear layer.
+        """
         last = next(node for node in self.nodes if node.op == "output").inputs[0]
-        layer = self.layers.get(last)
-        if layer is None or layer.kind != "linear":
+        found = self.parts(last)
+        if not found or self.layers[found[0]].kind != "linear":
             raise ConstructionError(
                 f"the network ends with '{last}', which is no linear layer, so that there is no head to keep; "
                 "use head='construct'"
             )
-        return last
+        return found
 
     def digest(self) -> str:
         """SHA-256 over operations and parameters in force; the same for every file format of the same target."""
@@ -141,17 +155,20 @@ def fold_batch_norm(graph: Graph) -> Graph:
         norm = node.batch_norm
         if norm is None:
             continue
-        layer = nodes[node.inputs[0]].layer
-        if layer is None or len(graph.readers(node.inputs[0])) != 1:
+        parts = graph.parts(node.inputs[0])
+        if not parts or len(graph.readers(node.inputs[0])) != 1:
             raise ConstructionError(
                 f"batch norm '{node.name}' does not stand directly behind a layer of its own, so that it cannot be "
                 "folded; use batch_norm='keep'"
             )
         scale = norm.scale.double()
-        weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
-        bias = layer.bias.double() * scale + norm.shift.double()
-        folded = replace(layer, weight=weight.float() + 0.0, bias=bias.float() + 0.0)
-        nodes[node.inputs[0]] = replace(nodes[node.inputs[0]], layer=folded)
+        for position, name in enumerate(parts):
+            layer = nodes[name].layer
+            assert layer is not None
+            weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
+            bias = layer.bias.double() * scale + (norm.shift.double() if position == 0 else 0.0)
+            folded = replace(layer, weight=weight.float() + 0.0, bias=bias.float() + 0.0)
+            nodes[name] = replace(nodes[name], layer=folded)
         alias[node.name] = node.inputs[0]
     return Graph(
         tuple(

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from ltx.activations import FAMILIES, Activation, Family
 from ltx.errors import ConstructionError, LtxError
 from ltx.evaluation import eval_mode
+from ltx.graph.concatenation import CONCATENATION, take_apart
 from ltx.graph.nodes import BatchNorm, Graph, Layer, Node
 from ltx.targets.masked import Masked
 
@@ -25,7 +26,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> Graph:
-    """The graph of `model` in eval mode.
+    """The graph of `model` in eval mode; concatenations are taken apart.
 
     Raises:
         ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason.
@@ -70,7 +71,7 @@ def trace(model: nn.Module) -> Graph:
     inputs = [node for node in nodes if node.op == "input"]
     if len(inputs) != 1:
         raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
-    return Graph(_leading_to_the_output(nodes))
+    return Graph(tuple(take_apart(_leading_to_the_output(nodes))))
 
 
 def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
@@ -101,7 +102,8 @@ def _in_place(model: nn.Module, node: fx.Node) -> bool:
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     """The nodes that an operation reads, one that is read twice (x + x) twice."""
-    direct = [a for a in node.args if isinstance(a, fx.Node)]
+    every = [a for arg in node.args for a in (arg if isinstance(arg, list | tuple) else [arg])]
+    direct = [a for a in every if isinstance(a, fx.Node)]
     return direct if len(direct) > len(node.all_input_nodes) else node.all_input_nodes
 
 
@@ -202,6 +204,11 @@ def _convert_function(node: fx.Node, inputs: tuple[str, ...], sizes: set[fx.Node
         if len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
             raise _refuse(node.name, "add", "only the sum of two streams is supported")
         return Node(node.name, "add", inputs)
+    if node.target in (torch.cat, torch.concat, torch.concatenate):
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        if dim != 1:
+            raise _refuse(node.name, "cat", f"along dimension {dim}; only channels, dimension 1, can be concatenated")
+        return Node(node.name, CONCATENATION, inputs) if len(inputs) > 1 else None
     if node.target is nn.functional.adaptive_avg_pool2d:
         size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
         return _average(node.name, inputs, size)

@@ -307,7 +307,7 @@ class Approximation:
             )
 
     def _given(self, node: TicketNode) -> Iterator[str]:
-        """A kept head: the target's columns at the slots that read them, its bias, nothing else."""
+        """A kept head: the target's columns at one slot of each channel, its bias, nothing else."""
         target = self.target.layers[node.attributes["target"]]
         weight, bias = (self.ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
         taps, labels = node.attributes["taps"], self.labels[node.inputs[0]]
@@ -315,14 +315,14 @@ class Approximation:
         ours = weight.view(len(weight), -1, taps)
         theirs = target.weight.view(len(target.weight), -1, taps)
         expected = torch.zeros_like(ours)
-        live = labels >= 0
+        live = (labels >= 0) & ours.ne(0).any(2).any(0)
         expected[:, live] = theirs[:, labels[live]]
         missing = set(theirs.ne(0).any(2).any(0).nonzero().flatten().tolist()) - set(labels[live].tolist())
         if missing or labels[live].unique().numel() != int(live.sum()):
             yield f"head {node.name}: channel {min(missing, default=-1)} has no slot, or a channel has several"
         if not torch.equal(ours, expected) or not torch.equal(bias, target.bias):
             yield f"head {node.name}: its given parameters are not the target's"
-        self.labels[node.name] = torch.arange(len(weight))
+        self.labels[node.name], self.range[node.name] = torch.arange(len(weight)), (-math.inf, math.inf)
         self.constants[node.name] = torch.full((len(weight),), float("nan"), dtype=torch.float64)
 
     def _output(self, node: TicketNode) -> Iterator[str]:

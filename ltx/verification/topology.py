@@ -24,9 +24,9 @@ def topology(ticket: Ticket, target: Graph) -> Iterator[str]:
             return
     if len(ours) != len(theirs):
         yield f"graph: has {len(ours)} operations, the target {len(theirs)}"
-    given = [node.attributes["target"] for node in ticket.graph if node.op == "given"]
-    if given and given != [target.head]:
-        yield f"graph: the layers {given} are given, only the head may be"
+    given = tuple(node.attributes["target"] for node in ticket.graph if node.op == "given")
+    if given and given != target.head:
+        yield f"graph: the layers {list(given)} are given, only the head may be"
 
 
 def _order(nodes: Mapping[str, TicketNode] | Mapping[str, Node], last: str) -> list[str]:
