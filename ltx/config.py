@@ -22,6 +22,7 @@ Head = Enum("Head", {"keep": "keep", "construct": "construct"})
 Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
 BatchNorm = Enum("BatchNorm", {"keep": "keep", "fold": "fold"})
 Scope = Enum("Scope", {"local": "local", "global": "global"})
+PairStride = Enum("PairStride", {"second": "second", "first": "first"})
 BoundsForm = Enum("BoundsForm", {"norms": "norms", "theorem": "theorem"})
 Format = Enum("Format", {"masks": "masks", "prune": "prune", "onnx": "onnx"})
 Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
@@ -97,6 +98,17 @@ class FeedbackSettings(Feedback):
 
 
 @dataclass
+class PairSettings:
+    """The first layer of a pair of source layers (Appendix E)."""
+
+    kernel: int = 1
+    stride: PairStride = PairStride.second  # type: ignore[attr-defined]  # the layer that has the target's
+
+    def check(self) -> None:
+        _require(self.kernel >= 1 and self.kernel % 2 == 1, f"pair.kernel={self.kernel}: must be odd and positive")
+
+
+@dataclass
 class BoundsSettings:
     """What `ltx bounds` guarantees."""
 
@@ -141,6 +153,7 @@ class Settings:
     head: Head = Head.keep  # type: ignore[attr-defined]
     scaling: Scaling = Scaling.unit  # type: ignore[attr-defined]
     batch_norm: BatchNorm = BatchNorm.keep  # type: ignore[attr-defined]
+    pair: PairSettings = field(default_factory=PairSettings)
     bounds: BoundsSettings = field(default_factory=BoundsSettings)
     certify: CertifySettings = field(default_factory=CertifySettings)
     law: Law = Law.uniform  # type: ignore[attr-defined]
@@ -191,6 +204,14 @@ class Settings:
             "selection=feedback has no meaning with construction=sampled: no ticket is built; use L+1 or 2L",
         )
         _require(
+            self.construction.value != "sampled" or self.pair == PairSettings(),
+            "pair.* has no meaning with construction=sampled: no ticket is built; leave it out",
+        )
+        _require(
+            self.selection.value != "feedback" or self.pair.stride.value == "second",
+            "selection=feedback needs copies of every position: use pair.stride=second",
+        )
+        _require(
             self.target.module is None or self.construction.value != "sampled",
             "construction=sampled perturbs the paper's targets alone; leave target.module out, or use L+1 or 2L",
         )
@@ -231,7 +252,8 @@ def settings_from(config: DictConfig) -> Settings:
         raise LtxError(f"settings without a value: {', '.join(sorted(missing))}; give them as KEY=VALUE")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Settings)
-    for part in (settings, settings.target, settings.protocol, settings.feedback, settings.bounds, settings.certify):
+    s = settings
+    for part in (s, s.target, s.protocol, s.feedback, s.pair, s.bounds, s.certify):
         part.check()
     return settings
 

@@ -81,6 +81,8 @@ SETTINGS = (
     ),
     ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", BUILD),
     ("batch_norm", "keep", "keep, fold", "take batch norm from the target, or fold it into its weights", TICKET),
+    ("pair.kernel", "1", "odd", "of the first layer of a pair; a row keeps one entry of it", TICKET),
+    ("pair.stride", "second", "second, first", "the layer of a pair that has the target's stride", TICKET),
     ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*BUILD, *SUMS)),
     ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
     ("limit", "null", "1 or more", "a fixed random subset of the test images", ("eval", "certify", "tables")),

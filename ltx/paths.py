@@ -39,9 +39,11 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
         selection += "" if f.bound is None else f"-b{f.bound!r}"
         selection += ("" if f.reject is None else f"-r{f.reject!r}") + (f"-w{f.spread!r}" if f.spread else "")
         selection += "" if f.order == "random" else f"-{f.order}"
-    fold = "-fold" if s.batch_norm.value == "fold" else ""
+    extra = "-fold" if s.batch_norm.value == "fold" else ""
+    extra += f"-pair{s.pair.kernel}" if s.pair.kernel > 1 else ""
+    extra += "-strided" if s.pair.stride.value == "first" else ""
     name = (
-        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{selection}-{s.head.value}-{s.scaling.value}{fold}"
+        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{selection}-{s.head.value}-{s.scaling.value}{extra}"
         f"-seed{s.seed}"
     )
     return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"

@@ -42,11 +42,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
 from ltx.constructions.builder import layer_scale
 from ltx.constructions.layout import IMAGE, Layout, layout
+from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
 from ltx.graph import Graph, Layer, Node
@@ -117,6 +119,16 @@ class _Part:
     exact: bool  # whether the pair is exactly linear on either side of 0
     largest_input: float
     scale: float
+    geometry: PairGeometry | None  # of a pair
+
+    @property
+    def copied(self) -> int:
+        """Input channels of a pair, each as often as there are positions at which a row that copies it is pruned."""
+        assert self.geometry is not None
+        at = torch.zeros(self.weight.shape[1], int(self.geometry.first.max()) + 1, dtype=torch.bool)
+        channel, tap = self.weight.ne(0).any(0).nonzero(as_tuple=True)
+        at[channel, self.geometry.first[tap]] = True
+        return int(at.sum())
 
     @property
     def parameters(self) -> int:
@@ -147,7 +159,7 @@ class _Part:
 def guarantee(
     graph: Graph, error: float, delta: float, *, construction: str, input_range: tuple[float, float] = (-1.0, 1.0),
     head: str = "keep", scaling: str = "unit", form: str = "norms", uniform: float = UNIFORM, product: float = PRODUCT,
-    same_size: bool = False,
+    same_size: bool = False, pair_kernel: int = 1, pair_stride: str = "second",
 ) -> Guarantee:  # fmt: skip
     """The widths of a source that contains a ticket with an error of at most `error` with probability 1 - delta.
 
@@ -156,6 +168,7 @@ def guarantee(
         form: of the error of a parameter, see above.
         uniform, product: C of Corollary 2.2 for base sets of uniform numbers and of products of two.
         same_size: one m for all layers, as `ltx.construct` has it.
+        pair_kernel, pair_stride: see `ltx.construct`.
 
     Raises:
         LtxError: an error, a probability or a constant without meaning, or parameters beyond the reach of base sets.
@@ -166,7 +179,7 @@ def guarantee(
     _check(form in FORMS, f"form '{form}' is not known; there are {', '.join(FORMS)}")
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, 0.0, kept=kept)
-    parts = _parts(graph, joined, construction, kept, input_range, scaling)
+    parts = _parts(graph, joined, construction, kept, input_range, scaling, pair_kernel, pair_stride)
     signed = [part for part in parts.values() if part.pair and part.signed]
     delta_sums = delta / 2 if signed else delta
     sizes = dict.fromkeys(parts, 1)
@@ -183,7 +196,7 @@ def guarantee(
         if needed == sizes:
             break
         sizes = needed
-    needs = sum(int(part.weight.ne(0).any(2).any(0).sum()) + 1 for part in signed)  # channels, and the constant
+    needs = sum(part.copied + 1 for part in signed)  # channels, and the constant
     slots, layers = _slots(parts, joined, sizes, construction), []
     widths = {
         stream: max(_rows(parts[name], *slots[name]) for name in writers if name in parts)
@@ -195,7 +208,10 @@ def guarantee(
         rows, taps = _rows(part, *slots[name]), part.weight.shape[2]
         inside = part.weight.shape[1] if part.reads == IMAGE else widths[part.reads]
         first = 0 if layers else copies  # biases of the source's first layer
-        size = copies * inside + first + rows * copies * taps if part.pair else rows * inside * taps
+        if part.geometry is not None:
+            size = copies * inside * part.geometry.area + first + rows * copies * part.geometry.taps
+        else:
+            size = rows * inside * taps
         bound = LayerBound(
             name, part.parameters, part.largest_input, allowed[name], epsilons[name], slots[name][0], problems[name],
             sizes[name], copies, rows, size,
@@ -266,7 +282,8 @@ def ticket_error(
 
 
 def _parts(
-    graph: Graph, joined: Layout, construction: str, kept: Sequence[str], input_range: tuple[float, float], scaling: str
+    graph: Graph, joined: Layout, construction: str, kept: Sequence[str], input_range: tuple[float, float],
+    scaling: str, kernel: int = 1, stride: str = "second",
 ) -> dict[str, _Part]:  # fmt: skip
     """The layers that are approximated, in their order."""
     _check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
@@ -288,9 +305,13 @@ def _parts(
         _check(largest <= scale, f"layer {name}: a parameter of {largest:g} is beyond {scale:g}; use scaling=layer_max")
         phi = pair_activation(graph, name) if pair else ACTIVATIONS["identity"]
         law = pair_law(phi, bool((inside.low >= 0).all()))
+        taps, geometry = weight.shape[2], None
+        if pair:
+            image = layer.kind == "conv" or taps > 1
+            geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride)
         found[name] = _Part(
             layer, weight, reads, joined.stream[name], pair, len(law.signs), law.signs != (0,), law.opposite, phi.exact,
-            float(inside.magnitude.max()), scale,
+            float(inside.magnitude.max()), scale, geometry,
         )  # fmt: skip
     return found
 
@@ -332,10 +353,18 @@ def _budgets(
         elif node.layer is not None:  # a head that is kept
             inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), 1e-300)
         else:
-            inside = mine / (len(node.inputs) or 1) / max(_gain(node), 1e-300)
+            inside = mine / max(_gain(node), 1e-300)
         for name in node.inputs:
-            allowed[name] = min(allowed[name], inside)
+            allowed[name] = min(allowed[name], inside * _share(graph, node, name))
     return {name: allowed[name] for name in parts}, epsilons
+
+
+def _share(graph: Graph, node: Node, name: str) -> float:
+    """Which part of a sum's deviation a summand may have; each layer that reads a concatenation's part the same."""
+    if node.op != "add":
+        return 1.0
+    mine = graph[name].attributes.get("summands", 1) if "summands" in node.attributes else 1
+    return mine / node.attributes.get("summands", 2)
 
 
 def _slots(
@@ -369,11 +398,11 @@ def _problems(
 
 
 def _copies(part: _Part, m: int, chance: float) -> int:
-    """Rows of a 1x1 layer that serve m base values for every channel, sign and the constant.
+    """Rows of the first layer of a pair that serve m base values for every channel, position, sign and the constant.
 
     Where signs matter so many for each channel that, but for `chance`, m of each that is needed are among them.
     """
-    channels = int(part.weight.ne(0).any(2).any(0).sum()) + bool(part.layer.bias.any())
+    channels = part.copied + bool(part.layer.bias.any())
     return channels * (_rows_of_signs(m, chance, part.signs) if part.signed else m * (2 if part.opposite else 1))
 
 

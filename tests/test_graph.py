@@ -80,7 +80,7 @@ class Two(nn.Module):
     [
         (Branch(), "Branch cannot be traced.*control flow"),
         (Scaled(), "module 'add'.*only the sum of two streams"),
-        (Two(), "returns a collection of tensors; ltx constructs networks that return one tensor"),
+        (Two(), "returns several tensors; ltx constructs networks that return one tensor"),
         (nn.Sequential(nn.Conv2d(2, 2, 3, groups=2)), "module '0' .Conv2d.: only convolutions with groups=1"),
         (nn.Sequential(nn.Conv2d(1, 1, 3, padding_mode="reflect")), "padding_mode='zeros'"),
         (nn.Sequential(nn.Conv2d(1, 1, 2, padding="same")), "even kernel"),

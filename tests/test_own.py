@@ -167,7 +167,7 @@ def with_nan():
         (lambda: nn.Sequential(nn.Conv2d(1, 1, 1)).half(), r"module '0' \(Conv2d\): has float16 parameters, ltx takes"),
         (complex_layer, r"module '0' \(Conv2d\): has complex64 parameters, ltx takes float32; call model.float\(\)"),
         (with_nan, r"module '0' \(Conv2d\): its weight has NaN or infinite entries"),
-        (lambda: Outputs(lambda x: (x, x)), "the network returns several tensors|a collection of tensors"),
+        (lambda: Outputs(lambda x: (x, x)), "the network returns several tensors; ltx"),
         (lambda: Outputs(lambda x: {"out": x}), "the network returns a collection of tensors"),
         (lambda: Outputs(lambda x: 3), "the network returns no tensor; ltx constructs networks that return one tensor"),
         (lambda: Outputs(lambda x: x if x.sum() > 0 else -x), "cannot be traced by torch.fx"),

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS, Activation, from_attributes
-from ltx.graph import Graph
+from ltx.graph import Graph, Layer
 from ltx.intervals import Interval, node_intervals
 from ltx.source import SourceLayer
 from ltx.ticket import DEAD, Ticket, TicketNode
+from ltx.verification.pairs import taps_read, without_padding
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Copies:
     column: Tensor  # (n,) slot that is read; -1: none
     entry: Tensor  # (n,) float64
     bias: Tensor  # (n,) float64
+    tap: Tensor  # (n,) of their layer's kernel
+    layer: SourceLayer
     phi: Activation = ACTIVATIONS["identity"]
 
 
@@ -143,8 +146,10 @@ class Forwards:
         rows, offsets, values = self.ticket.kept(layer.name)
         column = torch.full((layer.shape[0],), -1, dtype=torch.int64)
         entry = torch.zeros(layer.shape[0], dtype=torch.float64)
-        column[rows], entry[rows] = offsets, values.double()
-        return replace(before, copies=Copies(column, entry, self.ticket.bias(layer.name).double()))
+        column[rows], entry[rows] = offsets // layer.taps, values.double()
+        tap = torch.full((layer.shape[0],), layer.taps // 2)  # of a bias, which no tap reads
+        tap[rows] = offsets % layer.taps
+        return replace(before, copies=Copies(column, entry, self.ticket.bias(layer.name).double(), tap, layer))
 
     def _rows(self, node: TicketNode, before: Slots) -> Slots:
         """Rows (R,) that sum slots, or copies of slots, beside those of a layer of the target that they stand for."""
@@ -168,11 +173,24 @@ class Forwards:
             name, taps, labels, kernel = layer.target, layer.taps, self.ticket.slots[layer.name], layer.shape[2:]
             how, bias = (layer.stride, layer.padding, layer.dilation), self.ticket.bias(layer.name).double()
             row, offsets, values = self.ticket.kept(layer.name)
+        channel, tap = offsets // taps, offsets % taps
         target, channels = self.target.layers[name], len(self.target_channels(before).low)
         wanted = target.weight.double().reshape(len(target.weight), channels, -1)  # (C_out, C, K)
         wanted = torch.where(labels[:, None, None] >= 0, wanted[labels.clamp_min(0)], 0.0)
         bias = bias - torch.where(labels >= 0, target.bias.double()[labels.clamp_min(0)], 0.0)
-        return Rows(name, labels, wanted, bias, kernel, how, row, offsets // taps, offsets % taps, values.double())
+        if before.copies is not None and kernel:
+            tap = self._together(before.copies, self.ticket.layer(node.attributes["layer"]), target, channel, tap)
+            kernel, how = tuple(target.weight.shape[2:]), (target.stride, target.padding, target.dilation)
+        return Rows(name, labels, wanted, bias, kernel, how, row, channel, tap, values.double())
+
+    def _together(self, copies: Copies, layer: SourceLayer, target: Layer, channel: Tensor, tap: Tensor) -> Tensor:
+        """The target's taps that entries of a pair read; of constants any, which are the same everywhere."""
+        read = taps_read(copies.layer, layer, target)
+        assert isinstance(read, Tensor)  # of a ticket that is in order
+        found = read[copies.tap[channel], tap]
+        inner = without_padding(replace(layer, shape=(0, 0, *target.weight.shape[2:]), padding=target.padding,
+                                        dilation=target.dilation)).nonzero().flatten()  # fmt: skip
+        return torch.where(copies.column[channel] < 0, inner[:1].sum(), found)
 
     def parts(self, rows: Rows, before: Slots) -> Iterator[Part]:
         """What makes rows deviate: layers (R, C, K) on intervals, whose values add up."""

@@ -14,6 +14,7 @@ from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
 from ltx.constructions.layout import constant_value, layout
 from ltx.constructions.streams import Stream
+from ltx.constructions.strides import STRIDES
 from ltx.constructions.two_for_one import pair_activation, two_for_one
 from ltx.errors import ConstructionError
 from ltx.feedback import Feedback
@@ -48,6 +49,8 @@ def construct(
     head: str = "keep",
     scaling: str = "unit",
     batch_norm: str = "keep",
+    pair_kernel: int = 1,
+    pair_stride: str = "second",
     input_range: tuple[float, float] = (-1.0, 1.0),
     calibration: Tensor | None = None,
     feedback: Feedback | None = None,
@@ -72,6 +75,9 @@ def construct(
             entries of magnitude s beyond 1.
         batch_norm: `keep` takes it from the target, uncounted, each slot that of its channel (the paper's); `fold`
             folds it into weights and biases first.
+        pair_kernel: size of the kernel of the first layer of a pair, odd; a row keeps one of its entries (Appendix E).
+        pair_stride: which layer of a pair has the target's stride, `second` or `first`. With `first`, rows pruned at
+            several positions make one copy of an input; the kernel must be at least 2 stride - 1 for most layers.
         input_range: the least and largest value of an input element; decides whether negative inputs need base
             sets of their own, and how far tanh or sigmoid have to be scaled down to be linear on the inputs.
         calibration: images (n, C, H, W) of the kind that the target was trained on, without labels, for `feedback`.
@@ -89,11 +95,16 @@ def construct(
         ("head", head, ("keep", "construct")),
         ("scaling", scaling, ("unit", "layer_max")),
         ("batch_norm", batch_norm, ("keep", "fold")),
+        ("pair_stride", pair_stride, STRIDES),
     ):
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
     if not 1 <= base_set_size <= MAX_BASE_SET_SIZE:
         raise ConstructionError(f"base_set_size {base_set_size} must lie between 1 and {MAX_BASE_SET_SIZE}")
+    if not (pair_kernel >= 1 and pair_kernel % 2):
+        raise ConstructionError(f"pair_kernel {pair_kernel} must be odd and positive")
+    if pair_stride == "first" and selection == "feedback":
+        raise ConstructionError("selection 'feedback' needs the copies of every position; use pair_stride='second'")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConstructionError(f"epsilon {epsilon} must be a positive number")
     if not (0 <= seed < 2**64):
@@ -108,7 +119,8 @@ def construct(
     if calibration is not None:
         compared = Calibration(walked, calibration, feedback or Feedback(), seed=seed, device=device)
         within = math.inf if compared.settings.bound is None else compared.settings.bound
-    builder = TicketBuilder(Plan(base_set_size, epsilon, seed, selection, scaling, device, within), compared)
+    plan = Plan(base_set_size, epsilon, seed, selection, scaling, device, pair_kernel, pair_stride, within)
+    builder = TicketBuilder(plan, compared)
     _Walk(walked, builder, construction, head).run(input_range, on_layer)
     on_statistics(Statistics(builder.problems, builder.failures, builder.rows, builder.given_up))
     names = dict.fromkeys(n.activation.name for n in graph.nodes if n.activation is not None)

@@ -37,6 +37,8 @@ class Plan:
     selection: str = "smallest"
     scaling: str = "unit"
     device: str = "cpu"
+    pair_kernel: int = 1  # of the first layer of a pair
+    pair_stride: str = "second"  # which layer of a pair has the target's stride
     within: float = math.nan  # of its target value a subset has to be; infinite with feedback and no bound
 
 
@@ -187,11 +189,11 @@ class TicketBuilder:
     def add_copies(
         self, layer: SourceLayer, node: str, inputs: Stream | int, labels: Tensor, rows: Tensor, offsets: Tensor
     ) -> str:
-        """A 1x1 layer with rows of its own: what they stand for, and the entries that are kept."""
+        """A layer with rows of its own that keep one entry each: what they stand for, and the entries i * K + k."""
         self._drafts.append(_Draft(layer, inputs, None, (labels, rows, offsets)))
         if self.calibration:
             column = torch.full((len(labels),), -1, dtype=torch.int64)
-            column[rows] = offsets
+            column[rows] = offsets // layer.taps
             entry = source.biases(layer, self.plan.seed, torch.arange(len(labels))) if layer.bias else torch.zeros(1)
             entry = entry.expand(len(labels)).clone()
             entry[rows] = source.weights(layer, self.plan.seed, rows, offsets)
@@ -358,12 +360,16 @@ def constant_tap(target: Layer, name: str, taps: int, *, needed: bool) -> int:
     for size, padding, dilation in zip(target.weight.shape[2:], target.padding, target.dilation, strict=True):
         inside = [a for a in range(size) if padding <= a * dilation <= dilation * (size - 1) - padding]
         if not inside:
-            raise ConstructionError(
-                f"layer {name}: every tap of its kernel {tuple(target.weight.shape[2:])} reads the zero padding "
-                f"{target.padding} somewhere, so that its bias cannot be represented; pad by at most half the kernel"
-            )
+            raise no_constant_tap(target, name)
         tap.append(inside[len(inside) // 2])
     return tap[0] * target.weight.shape[3] + tap[1] if taps > 1 else 0
+
+
+def no_constant_tap(target: Layer, name: str) -> ConstructionError:
+    return ConstructionError(
+        f"layer {name}: every tap of its kernel {tuple(target.weight.shape[2:])} reads the zero padding "
+        f"{target.padding} somewhere, so that its bias cannot be represented; pad by at most half the kernel"
+    )
 
 
 def target_problems(

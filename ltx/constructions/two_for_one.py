@@ -8,7 +8,8 @@ either side of 0, the next layer needs
 with a gain that depends on which rows serve: those of either sign as a base set of their own (gain 1 / r = m_+ +
 m_-), one set alone where phi is odd or the input nonnegative (m_+), or opposite pairs of rows where phi(0) != 0
 (m_+ + m_-, and the offset cancels). The second layer's parameters are scaled by 1 / (sigma * gain), so that every
-base set consists of products of two uniform numbers on [-1, 1], as Corollary C.1 assumes.
+base set consists of products of two uniform numbers on [-1, 1], as Corollary C.1 assumes. The first layer may have a
+larger kernel, of which a row keeps one tap, and the target's stride (`strides`).
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from ltx.constructions.builder import (
     Step,
     TicketBuilder,
     constant_row,
-    constant_tap,
     layer_scale,
+    no_constant_tap,
     source_layer,
     target_problems,
 )
 from ltx.constructions.rows import BaseSets
+from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.errors import ConstructionError
 from ltx.graph import Graph, above
 from ltx.source import SourceLayer
@@ -107,14 +109,22 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
             f"layer {name}: its inputs have no known bound, which {phi.name} needs to be nearly linear on them"
         )
     sigma = linear_scale(phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale)
-    copies = _copy_layer(builder, step, weight, law, phi, sigma)
+    image = target.kind == "conv" or (place.stream is not None and not place.vector)
+    geometry = pair_geometry(
+        target, name, weight.shape[2], image=image, kernel=plan.pair_kernel, stride=plan.pair_stride
+    )
+    if step.biased and geometry.constants is None:
+        raise no_constant_tap(target, name)
+    positions, weight = _by_position(weight, geometry)
+    copies = _copy_layer(builder, step, weight, positions, law, phi, sigma, geometry)
 
-    tap = constant_tap(target, name, weight.shape[2], needed=step.biased)
+    tap = geometry.constants[1] if geometry.constants else 0
     problems = target_problems(weight, target, plan.epsilon, copies.base, copies.constant, tap)
     layer = source_layer(
         builder, name, target, weight.shape[2], sigma=float(np.float32(scale / (sigma * law.gain))), role="pair",
         opposite="columns" if law.opposite else "none",
     )  # fmt: skip
+    layer = geometry.second_layer(layer)
     node = builder.add_writer(
         layer, copies.node, copies.width, step, [*problems, constant_row(step, copies.constant, tap)],
         copies.bases,
@@ -133,17 +143,27 @@ class _Copies:
     node: str  # what the second layer reads
     width: int
     bases: BaseSets
-    base: Tensor  # (C_in, n) base sets of each input channel
+    base: Tensor  # (C_in * P, n) base sets of each input channel and position
     constant: int  # base set of the constants
 
 
+def _by_position(weight: Tensor, geometry: PairGeometry) -> tuple[Tensor, Tensor]:
+    """The first layer's taps that are used (P,), and the weight (C_out, C_in * P, K') by them and the second's taps."""
+    positions, position = geometry.first.unique(return_inverse=True)
+    found = torch.zeros(*weight.shape[:2], len(positions), geometry.taps)
+    found[:, :, position, geometry.second] = weight
+    return positions, found.flatten(1, 2)
+
+
 def _copy_layer(
-    builder: TicketBuilder, step: Step, weight: Tensor, law: PairLaw, phi: Activation, sigma: float
-) -> _Copies:
-    """Add the 1x1 layer and its activation: m rows for every (input channel, sign) that the target reads.
+    builder: TicketBuilder, step: Step, weight: Tensor, positions: Tensor, law: PairLaw, phi: Activation, sigma: float,
+    geometry: PairGeometry,
+) -> _Copies:  # fmt: skip
+    """Add the first layer and its activation: m rows for every (input channel, position, sign) that the target reads.
 
     Args:
-        weight: (C_out, C_in, K) of the target layer.
+        weight: (C_out, C_in * P, K) of the target layer, by channel, position and tap of the second layer.
+        positions: (P,) taps of this layer.
     """
     m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
     name, target, place = step.name, step.target, step.place
@@ -152,41 +172,45 @@ def _copy_layer(
         raise ConstructionError(
             f"layer {name}: reads the image and has biases, but is not the first layer, which alone can make constants"
         )
-    read = above(weight, epsilon).any(0)
-    taken = place.take(read, 1, int(step.biased and not first))
-    image = target.kind == "conv" or (place.stream is not None and not place.vector)
+    read = above(weight, epsilon).any(0).any(1)  # (C_in * P,)
+    by_channel = read.view(-1, len(positions))
+    taken = place.take(by_channel, 1, int(step.biased and not first))
+    image = bool(geometry.lines)
     layer = SourceLayer(
-        f"{name}.copies", builder.depth, "conv" if image else "linear", (0, 0, 1, 1) if image else (0, 0), 1,
+        f"{name}.copies", builder.depth, "conv" if image else "linear", (0, 0), 1,
         sigma=sigma, opposite="rows" if law.opposite else "none", bias=first, role="copies", target=name,
     )  # fmt: skip
+    layer = geometry.first_layer(layer)
 
-    # what rows are needed for, in order: (source channel, sign), m rows each; -1 is the bias of the first layer
-    channels = read.any(1).nonzero().flatten()
-    needs = [(int(taken.slots[j, 0]), sign) for j in channels for sign in law.signs]
+    # what rows are needed for, in order: entry of the row and its sign, m rows each; -1 is the bias of the first layer
+    needed = read.nonzero().flatten()
+    channels = needed // len(positions)
+    entries = taken.slots[channels, 0] * layer.taps + positions[needed % len(positions)]
+    needs = [(entry, sign) for entry in entries.tolist() for sign in law.signs]
     if step.biased:
+        assert geometry.constants is not None
         positive = first or float(taken.constant_values[0]) > 0  # lambda times the constant must be positive
         sign = 0 if law.signs == (0,) else 1 if positive else -1
-        needs.append((-1 if first else int(taken.constants[0]), sign))
+        needs.append((-1 if first else int(taken.constants[0]) * layer.taps + geometry.constants[0], sign))
     row, value, used = _match(layer, builder.plan.seed, needs, m, step=2 if law.opposite else 1)
 
     labels = torch.full((used,), DEAD, dtype=torch.int64)
     rows, offsets, bias_rows = ([torch.empty(0, dtype=torch.int64)] for _ in range(3))
     meaning = [int(j) for j in channels for _ in law.signs] + [CONSTANT] * step.biased
-    for need, (channel, _) in enumerate(needs):
+    for need, (entry, _) in enumerate(needs):
         mine = torch.cat([row[need], row[need] + 1]) if law.opposite else row[need]
         labels[mine] = meaning[need]
-        if channel < 0:
+        if entry < 0:
             bias_rows.append(mine)
         else:
             rows.append(mine)
-            offsets.append(torch.full_like(mine, channel))
+            offsets.append(torch.full_like(mine, entry))
     if first:
         builder.bias_masks[layer.name] = torch.cat(bias_rows).sort().values
 
     inside = place.node if image or place.stream is not None else builder.flattened(place)
-    node = builder.add_copies(
-        layer, inside, len(read) if place.stream is None else place.stream, labels, torch.cat(rows), torch.cat(offsets)
-    )
+    width = len(by_channel) if place.stream is None else place.stream
+    node = builder.add_copies(layer, inside, width, labels, torch.cat(rows), torch.cat(offsets))
     if phi.name != "identity":
         node = builder.add_activation(f"{layer.name}.phi", node, phi)
     if image and target.kind == "linear":
@@ -197,7 +221,7 @@ def _copy_layer(
         before = value[-1] if first else value[-1] * taken.constant_values[0]
         multipliers[-1] = phi.fn(before) - (phi.fn(-before) if law.opposite else 0.0)
     base = torch.zeros(len(read), len(law.signs), dtype=torch.int64)
-    base[channels] = torch.arange(len(channels) * len(law.signs)).view(-1, len(law.signs))
+    base[needed] = torch.arange(len(needed) * len(law.signs)).view(-1, len(law.signs))
     slopes = torch.tensor([_slopes(phi, law, sign) for _, sign in needs]).view(-1, 2)
     bases = BaseSets(row, multipliers, torch.tensor(meaning, dtype=torch.int64), slopes, law.opposite)
     return _Copies(node, used, bases, base, len(needs) - 1)
@@ -217,13 +241,13 @@ def _match(
     """Match rows to needs, in row order: a row serves the first need that lacks rows and whose sign is its own.
 
     Args:
-        needs: (source channel or -1 for the bias, sign of the entry or 0 for either).
+        needs: (entry i * K + k of the row or -1 for the bias, sign of the entry or 0 for either).
         step: 2 when rows come in opposite pairs, of which the even one is looked at.
 
     Returns:
         rows (needs, m), the entries they keep (needs, m) float64, and the number of rows used up.
     """
-    columns = torch.tensor([channel for channel, _ in needs])
+    columns = torch.tensor([entry for entry, _ in needs])
     sign = torch.tensor([s for _, s in needs])
     rows = torch.empty(len(needs), m, dtype=torch.int64)
     values = torch.empty(len(needs), m, dtype=torch.float64)

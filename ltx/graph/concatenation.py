@@ -73,7 +73,7 @@ def _layer(node: Node, layer: Layer, parts: Sequence[_Part]) -> list[Node]:
         result.append(Node(name, "layer", (parts[p].name,), layer=one, attributes={"part_of": node.name}))
         if before:
             total = node.name if many == len(parts) else f"{node.name}[:{many}]"
-            result.append(Node(total, "add", (before, name)))
+            result.append(Node(total, "add", (before, name), attributes={"summands": many}))
     return result
 
 

@@ -55,7 +55,8 @@ class Node:
     layer: Layer | None = None
     activation: Activation | None = None
     batch_norm: BatchNorm | None = None
-    # of a pooling: kernel_size (None: global), stride, padding; of a layer that reads part of a concatenation: part_of
+    # of a pooling: kernel_size (None: global), stride, padding; of what reads part of a concatenation: part_of; of a
+    # sum of such layers: summands
     attributes: dict = field(default_factory=dict)
 
 

@@ -27,9 +27,10 @@ def run(settings: Settings) -> Path:
     target = targets_at.load(settings)
     graph, box = target.graph, target.input_range
     head, scaling = settings.head.value, settings.scaling.value
+    pair = {"pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value}
     found = theory.guarantee(
         graph, b.error, b.delta, construction=construction, input_range=box, head=head, scaling=scaling,
-        form=b.form.value, uniform=b.uniform, product=b.product,
+        form=b.form.value, uniform=b.uniform, product=b.product, **pair,
     )  # fmt: skip
     delta = theory.failure_probability(
         graph, m, epsilon, construction=construction, input_range=box, head=head, scaling=scaling, uniform=b.uniform,
@@ -44,7 +45,7 @@ def run(settings: Settings) -> Path:
     try:
         ticket = construct(
             graph, construction=construction, base_set_size=m, epsilon=epsilon, seed=settings.seed, head=head,
-            scaling=scaling, input_range=box, device=settings.torch_device,
+            scaling=scaling, input_range=box, device=settings.torch_device, **pair,
         )  # fmt: skip
         rows = [{**row, **_used(ticket, row["layer"])} for row in rows]
         used = f"{ticket.source_parameters:,} parameters, of which {ticket.parameters:,} are kept"

@@ -54,6 +54,7 @@ def run(settings: Settings) -> Path:
             target.graph, construction=settings.construction.value, base_set_size=settings.m,
             epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
             head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
+            pair_kernel=settings.pair.kernel, pair_stride=settings.pair.stride.value,
             input_range=target.input_range, device=device, on_statistics=statistics.append,
             on_layer=partial(_advance, bar), **feedback,
         )  # fmt: skip
@@ -63,6 +64,7 @@ def run(settings: Settings) -> Path:
             "activation": target.activation, "construction": settings.construction.value, "base_set_size": settings.m,
             "epsilon": settings.epsilon, "selection": settings.selection.value, "seed": settings.seed,
             "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
+            "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
             **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
         }  # fmt: skip
         write_json(
@@ -81,6 +83,7 @@ def run(settings: Settings) -> Path:
             "target": str(target.path), "target_sha256": target.digest, "device": device, "seconds": seconds,
             **asdict(made), "head": settings.head.value,
             "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
+            "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
             "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip

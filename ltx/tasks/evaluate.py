@@ -31,7 +31,7 @@ from ltx.verification import verify
 
 log = logging.getLogger(__name__)
 _ABOUT = ("kind", "network", "activation", "construction", "base_set_size", "epsilon", "selection", "seed", "head",
-          "scaling", "batch_norm", "target_sha256")  # fmt: skip
+          "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256")  # fmt: skip
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
 DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
 
@@ -118,6 +118,7 @@ def _explicit(
         "epsilon": ticket.epsilon, "selection": ticket.selection, "seed": ticket.seed,
         "head": "keep" if "given" in operations else "construct", "scaling": how.get("scaling"),
         "batch_norm": "fold" if folded else "keep",
+        "pair_kernel": how.get("pair_kernel", 1), "pair_stride": how.get("pair_stride", "second"),
         "target_parameters": sum(
             layer.parameters_above(ticket.epsilon) for name, layer in graph.layers.items() if name in constructed
         ),
@@ -151,7 +152,7 @@ def _sampled(path: Path, target: targets_at.Target) -> _Candidate:
     about = {
         "kind": "sampled", "construction": "sampled", "base_set_size": int(said["base_set_size"]),
         "epsilon": float(said["epsilon"]), "selection": said["selection"], "seed": int(said["seed"]),
-        "head": "construct", "scaling": "unit", "batch_norm": "keep",
+        "head": "construct", "scaling": "unit", "batch_norm": "keep", "pair_kernel": 1, "pair_stride": "second",
         "target_parameters": int(said["target_parameters"]), "ticket_parameters": int(said["parameters"]),
         "source_parameters": None, "max_parameter_error": None, "construction_seconds": None, "problems": None,
     }  # fmt: skip

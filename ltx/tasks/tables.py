@@ -98,7 +98,9 @@ def _entries(
     sums = {} if any_sums else {"base_set_size": settings.m, "selection": settings.selection.value}
     built = {
         "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
+        "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
     }  # fmt: skip
+    usual = {"pair_kernel": 1, "pair_stride": "second"}  # of results that do not say
     found = []
     for path in sorted(files):
         entry = _read(path)
@@ -111,7 +113,7 @@ def _entries(
             continue
         else:
             needs.pop("scaling")  # rows name it
-        if all(entry.get(key) == value for key, value in needs.items()):
+        if all(entry.get(key, usual.get(key)) == value for key, value in needs.items()):
             found.append(entry)
     return found
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ltx import source
 from ltx.activations import ACTIVATIONS, Activation, from_attributes
-from ltx.graph import Graph, Layer
+from ltx.graph import Graph
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD, Ticket, TicketNode
+from ltx.verification.pairs import taps_read, without_padding
 
 ROUNDING = 1e-12  # the sums here are formed in another order than the solver's, in float64
 
@@ -131,7 +132,7 @@ class Approximation:
             yield from self._sums(node, layer, labels, rows, offsets, values)
 
     def _copy_layer(self, node, layer, labels, rows, offsets, values) -> Iterator[str]:
-        """A 1x1 layer: a row keeps one entry, that of the channel it is labelled with, or a constant."""
+        """A layer of copies: a row keeps one entry, that of the channel it is labelled with, or a constant."""
         inside = self.labels[node.inputs[0]]
         count = torch.bincount(rows, minlength=layer.shape[0])
         bias_rows = self.ticket.bias_masks.get(layer.name, torch.empty(0, dtype=torch.int64))
@@ -142,7 +143,9 @@ class Approximation:
         channels = len(self.target.layers[layer.target].weight[0]) if inside is None else max(int(inside.max()) + 1, 0)
         if int(labels.max()) >= channels:
             yield f"{layer.name}.slots: {int(labels.max())} is no channel of what it copies"
-        meaning = offsets if inside is None else inside[offsets]
+        channel, self.tap = offsets // layer.taps, torch.full((layer.shape[0],), -1, dtype=torch.int64)
+        self.tap[rows] = offsets % layer.taps  # none of a bias
+        meaning = channel if inside is None else inside[channel]
         for row in rows[(labels[rows] != meaning) & (labels[rows] != DEAD)][:1].tolist():
             yield f"layer {layer.name}: row {row} is labelled {int(labels[row])} and copies something else"
         for row in bias_rows[labels[bias_rows] != CONSTANT][:1].tolist():
@@ -153,7 +156,9 @@ class Approximation:
             for row in rows[constant][:1].tolist():
                 yield f"layer {layer.name}: row {row} is labelled constant and reads the image"
         elif constant.any():
-            value[rows[constant]] = values[constant].double() * self.constants[node.inputs[0]][offsets[constant]]
+            value[rows[constant]] = values[constant].double() * self.constants[node.inputs[0]][channel[constant]]
+        for row in rows[constant & ~without_padding(layer)[offsets % layer.taps]][:1].tolist():
+            yield f"layer {layer.name}: row {row} reads a constant through a tap that sees the zero padding"
         value[bias_rows] = source.biases(layer, self.ticket.seed, bias_rows).double()
         self.constants[node.name] = value
         self.copies[node.name] = (node, layer)
@@ -165,7 +170,6 @@ class Approximation:
         if int(labels.max()) >= len(target.weight):
             yield f"{layer.name}.slots: {int(labels.max())} is no channel of the target"
             return
-        yield from self._linearisation(node, layer, rows, offsets, values)
         yield from self._opposites(node, layer, rows, offsets)
         meaning, worth, sign, sets = self._columns(node)
         channel, tap = offsets // layer.taps, offsets % layer.taps
@@ -173,37 +177,45 @@ class Approximation:
         known = self.constants[node.inputs[0]]
         term = values.double() * torch.where(constant, known[channel], worth[channel])
         # a constant channel is one only where no output position reads the zero padding through this tap
-        inner = torch.tensor([_inner(target, layer, k) for k in range(layer.taps)])
-        for row in rows[constant & ~inner[tap]][:1].tolist():
+        for row in rows[constant & ~without_padding(layer)[tap]][:1].tolist():
             yield f"layer {layer.name}: row {row} reads a constant through a tap that sees the zero padding"
-        weight = target.weight.view(len(target.weight), -1, layer.taps).double()
+        taps = math.prod(target.weight.shape[2:]) if layer.kind == "conv" else layer.taps
+        read = self._taps(node, layer, target, channel, tap)
+        for row in rows[read < 0][:1].tolist():
+            yield f"layer {layer.name}: row {row} reads a pixel that the target's layer does not"
+            return
+        parameter = torch.where(constant, -1, meaning[channel] * taps + read)
+        yield from self._linearisation(node, layer, rows, parameter, values)
+        weight = target.weight.view(len(target.weight), -1, taps).double()
         ins = weight.shape[1]
         live = labels != DEAD
         constant_row = labels == CONSTANT
 
-        sums = torch.zeros(layer.shape[0] * len(sets), ins * layer.taps, dtype=torch.float64)
+        sums = torch.zeros(layer.shape[0] * len(sets), ins * taps, dtype=torch.float64)
         kept = torch.zeros_like(sums, dtype=torch.bool)
         into = ~constant
         set_of = torch.where(sign[channel] < 0, len(sets) - 1, 0)
-        index = (rows * len(sets) + set_of)[into], (meaning[channel] * layer.taps + tap)[into]
-        if len(index[1]) and (int(index[1].min()) < 0 or int(index[1].max()) >= ins * layer.taps):
+        index = (rows * len(sets) + set_of)[into], parameter[into]
+        if len(index[1]) and (int(index[1].min()) < 0 or int(index[1].max()) >= ins * taps):
             yield f"layer {layer.name}: reads a channel that is pruned"
             return
         sums.index_put_(index, term[into], accumulate=True)
         kept[index] = True
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
-        wanted = torch.zeros(layer.shape[0], ins * layer.taps, dtype=torch.float64)
+        wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)
         channels = live & ~constant_row
         wanted[channels] = weight.flatten(1)[labels[channels]]
         wanted = wanted.repeat_interleave(len(sets), 0)
         epsilon, within = self.ticket.epsilon, self.ticket.within
-        yield from self._compare(layer, sums, kept, wanted, channels.repeat_interleave(len(sets)), len(sets), epsilon)
+        yield from self._compare(
+            layer, sums, kept, wanted, channels.repeat_interleave(len(sets)), len(sets), epsilon, taps
+        )
 
         bias = torch.zeros(layer.shape[0], dtype=torch.float64)
         bias[channels] = target.bias.double()[labels[channels]]
         has = torch.bincount(rows[constant], minlength=layer.shape[0]) > 0
-        yield from self._compare(layer, bias_sum[:, None], has[:, None], bias[:, None], channels, 1, epsilon, "bias")
+        yield from self._compare(layer, bias_sum[:, None], has[:, None], bias[:, None], channels, 1, epsilon)
         off = constant_row & has & ~((bias_sum - 1).abs() <= epsilon + ROUNDING)
         for row in off.nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}, row {row}: a constant sums to {float(bias_sum[row]):.6g}, not to 1"
@@ -220,7 +232,9 @@ class Approximation:
             high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
 
-    def _compare(self, layer, sums, kept, wanted, rows, sets, epsilon, what="weight") -> Iterator[str]:
+    def _compare(self, layer, sums, kept, wanted, rows, sets, epsilon, taps=0) -> Iterator[str]:
+        """taps: of a weight; 0 for a bias."""
+        what = "weight" if taps else "bias"
         big = (wanted.abs() > epsilon) & rows[:, None]
         error = (sums - wanted).abs()
         self.compared += int(big.sum())
@@ -228,17 +242,25 @@ class Approximation:
             self.worst = max(self.worst, float(error[big].max()))
         for row, column in (big & ~(error <= self.ticket.within + ROUNDING)).nonzero()[:3].tolist():
             where = f"layer {layer.name}, row {row // sets}, {what}"
-            where += f" (input channel {column // layer.taps}, tap {column % layer.taps})" if what == "weight" else ""
+            where += f" (input channel {column // taps}, tap {column % taps})" if taps else ""
             yield (
                 f"{where}: {float(sums[row, column]):.6g} is {float(error[row, column]):.3g} from the target's "
                 f"{float(wanted[row, column]):.6g}, more than {self.ticket.within:g}"
             )
         for row, column in (kept & ~big & rows[:, None]).nonzero()[:3].tolist():
-            where = f"input channel {column // layer.taps}, tap {column % layer.taps}" if what == "weight" else what
+            where = f"input channel {column // taps}, tap {column % taps}" if taps else what
             yield (
                 f"layer {layer.name}, row {row // sets}, {where}: keeps parameters where the target has none "
                 "above epsilon"
             )
+
+    def _taps(self, node, layer, target, channel, tap) -> Tensor:
+        """The taps of the target that entries of a layer of sums read; -1: none."""
+        if node.inputs[0] not in self.copies:
+            return tap
+        found = taps_read(self.copies[node.inputs[0]][1], layer, target)
+        assert isinstance(found, Tensor)  # or topology has found what is wrong
+        return torch.where(self.tap[channel] < 0, tap, found[self.tap[channel], tap])
 
     def _columns(self, node) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """Per input channel of a layer of sums: what it stands for, what an entry is worth, its sign; the base sets."""
@@ -276,7 +298,7 @@ class Approximation:
         for entry in flat[~torch.isin(partner, flat)][:1].tolist():
             yield f"layer {layer.name}: entry {entry} is kept without its opposite"
 
-    def _linearisation(self, node, layer, rows, offsets, values) -> Iterator[str]:
+    def _linearisation(self, node, layer, rows, parameter, values) -> Iterator[str]:
         """Behind copies whose activation is linear near 0 only: how far the pair is from linear (Theorem 3.1).
 
         The terms v phi(lambda x) of one parameter may be off by epsilon times the largest input, together.
@@ -293,11 +315,9 @@ class Approximation:
         z = torch.linspace(-1, 1, 4001, dtype=torch.float64) * bound * copies.sigma
         linear = torch.where(z > 0, phi.slope_pos * z, phi.slope_neg * z) + phi.offset
         off = float((phi.fn(z) - linear).abs().max())
-        meaning = self.labels[node.inputs[0]]
-        assert meaning is not None
-        parameter = meaning[offsets // layer.taps] * layer.taps + offsets % layer.taps
         constant = parameter < 0
-        _, which = torch.unique((rows * layer.row_size + parameter)[~constant], return_inverse=True)
+        key = rows * (int(parameter.max()) + 1 if len(parameter) else 1) + parameter
+        _, which = torch.unique(key[~constant], return_inverse=True)
         total = torch.zeros(int(which.max()) + 1 if len(which) else 0, dtype=torch.float64)
         total.index_add_(0, which, values[~constant].double().abs())
         if len(total) and not float(total.max()) * off <= self.ticket.epsilon * bound * (1 + 1e-6):
@@ -336,16 +356,3 @@ class Approximation:
 def _inside(node: TicketNode) -> Activation:
     """The activation inside a pair; none where the pair is linear."""
     return from_attributes(node.attributes) if node.op == "activation" else ACTIVATIONS["identity"]
-
-
-def _inner(target: Layer, layer: SourceLayer, tap: int) -> bool:
-    """Whether no output position reads the zero padding through this tap."""
-    if target.kind == "linear":
-        return True
-    height, width = target.weight.shape[2:]
-    inside = True
-    for a, size, padding, dilation in zip(
-        divmod(tap, width), (height, width), target.padding, target.dilation, strict=True
-    ):
-        inside &= padding <= a * dilation <= dilation * (size - 1) - padding
-    return inside

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from ltx.graph import Graph, Node
 from ltx.operations import POOLINGS
 from ltx.source import SourceLayer
 from ltx.ticket import Ticket, TicketNode
+from ltx.verification.pairs import taps_read
 
 Operation = tuple  # what matters of an operation, behind it the positions of those that it reads
 
@@ -121,10 +123,13 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
                 return f"graph: node '{name}' follows the copies of {pair.target}, the sums must"
             if node.inputs[0] not in active and not _linear(target, layer.target):
                 return f"graph: node '{name}' follows copies, an activation must"
-            result.add(node, node.inputs, *_operation(layer, flat), flat=flat or layer.kind == "linear")
+            together = _together(pair, layer, target, flat)
+            if isinstance(together, str):
+                return f"layer {layer.name}: {together}"
+            result.add(node, node.inputs, *together, flat=flat or layer.kind == "linear")
         elif layer is not None and layer.role == "copies":
-            if _not_univariate(layer):
-                return f"layer {layer.name}: copies need a 1x1 layer with stride 1 and without padding"
+            if len(layer.shape) == 2 and layer.taps != 1:
+                return f"layer {layer.name}: copies of a vector read one number each"
             copies[name] = layer
             result.skip(node, flat=flat)
         elif layer is not None:
@@ -159,6 +164,22 @@ def _operation(layer: SourceLayer, flat: bool) -> tuple:
     )  # fmt: skip
 
 
+def _together(first: SourceLayer, second: SourceLayer, target: Graph, flat: bool) -> tuple | str:
+    """What a pair of layers computes, as the operation of the target that it stands for, or what is wrong with it."""
+    theirs = target.layers.get(second.target)
+    plain = first.kind == "linear" or (math.prod(first.shape[2:]), first.stride, first.padding) == (1, (1, 1), (0, 0))
+    if theirs is None or theirs.kind != second.kind or (plain and first.dilation == (1, 1)):
+        return _operation(second, flat)
+    read = taps_read(first, second, theirs)
+    if isinstance(read, str):
+        return read
+    if second.kind == "linear":
+        return _operation(second, flat)
+    kernel = tuple(theirs.weight.shape[2:])
+    how = (theirs.stride, theirs.padding, theirs.dilation)
+    return (second.target, second.kind, kernel, *how, math.prod(kernel), flat)
+
+
 def _plain(attributes: dict) -> tuple:
     """A pooling's attributes, which JSON has turned into lists."""
     return tuple(
@@ -174,8 +195,3 @@ def _linear(target: Graph, name: str) -> bool:
 
 def _readers(ticket: Ticket, name: str) -> list[TicketNode]:
     return [node for node in ticket.graph if name in node.inputs]
-
-
-def _not_univariate(layer: SourceLayer) -> bool:
-    kernel = all(n == 1 for n in layer.shape[2:])
-    return not kernel or layer.taps != 1 or (layer.stride, layer.padding, layer.dilation) != _PLAIN
