@@ -32,6 +32,7 @@ class Activation:
     least_slope: float = 0.0  # phi(y) - phi(x) >= least_slope (y - x) where y >= x; T is the largest
     turns: tuple[float, ...] = ()  # where it changes from falling to rising or back
     steepest: float | None = None  # the slope rises up to here and falls from here on; None: it does neither
+    curvature: float = math.inf  # the slope of phi changes by at most so much times the distance
     parameters: tuple[tuple[str, float | str], ...] = ()  # of its family, by the names that PyTorch has for them
 
     @property
@@ -214,6 +215,7 @@ def gelu(approximate: str = "none") -> Activation:
     return Activation(
         "gelu", fn, lambda: nn.GELU(approximate), 0.5, 0.5, 0.0, steepest,
         lambda eps: min(math.sqrt(eps / curve), math.inf if exact else 1.0), 1 - steepest, (turn,),
+        curvature=2 * curve * (1 + 1e-12) if exact else math.inf,
         parameters=() if exact else (("approximate", approximate),),
     )  # fmt: skip
 
@@ -222,7 +224,7 @@ def silu() -> Activation:
     """x sigmoid(x): |x (sigmoid(x) - 1/2)| <= x^2 / 4. Steepest, 1.09984, at 2.39936; least at -1.27846."""
     return Activation(
         "silu", nn.functional.silu, nn.SiLU, 0.5, 0.5, 0.0, 1.0998393202, lambda eps: 2 * math.sqrt(eps),
-        1 - 1.0998393202, (-1.278464542761074,),
+        1 - 1.0998393202, (-1.278464542761074,), curvature=0.5,
     )  # fmt: skip
 
 
@@ -239,7 +241,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
 
     return Activation(
         "softplus", fn, lambda: nn.Softplus(beta, threshold), 0.5, 0.5, math.log(2) / beta, 1.0,
-        lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta), steepest=math.inf,
+        lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta), steepest=math.inf, curvature=beta / 4,
         parameters=(("beta", beta), ("threshold", threshold)) if (beta, threshold) != (1, 20) else (),
     )  # fmt: skip
 
@@ -248,7 +250,7 @@ def tanh() -> Activation:
     """|tanh x - x| <= |x|^3 / 3 (section 2 of the paper)."""
     return Activation(
         "tanh", torch.tanh, nn.Tanh, 1.0, 1.0, 0.0, 1.0, lambda eps: min((3 * eps) ** (1 / 3), math.pi / 2),
-        steepest=0.0,
+        steepest=0.0, curvature=(1 + 1e-12) * 4 / (3 * math.sqrt(3)),
     )  # fmt: skip
 
 
@@ -271,7 +273,7 @@ def sigmoid() -> Activation:
     return Activation(
         "sigmoid", torch.sigmoid, nn.Sigmoid, 0.25, 0.25, 0.5, 0.25,
         lambda eps: min((48 * eps) ** (1 / 3), math.pi),
-        steepest=0.0,
+        steepest=0.0, curvature=(1 + 1e-12) / (6 * math.sqrt(3)),
     )  # fmt: skip
 
 

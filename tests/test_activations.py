@@ -56,6 +56,8 @@ def test_slopes_offset_and_lipschitz_constant(phi):
     x = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
     assert phi.value(0.0) == phi.offset
     assert ((phi.fn(x)[1:] - phi.fn(x)[:-1]).abs() <= phi.lipschitz * 1e-4 * (1 + 1e-9)).all()
+    bend = (phi.fn(x)[2:] - 2 * phi.fn(x)[1:-1] + phi.fn(x)[:-2]).abs().max()
+    assert bend <= phi.curvature * 1e-8 + 1e-14
     low, high = phi.bounds(-5.0, 5.0)
     assert phi.fn(x).min() - 1e-8 <= low <= phi.fn(x).min()
     assert phi.fn(x).max() <= high <= phi.fn(x).max() + 1e-2

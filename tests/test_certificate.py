@@ -12,7 +12,10 @@ from ltx import LtxError, construct, theory
 from ltx.activations import ACTIVATIONS
 from ltx.adversary import ascend
 from ltx.certificates import certify
-from ltx.graph import trace
+from ltx.certificates.forwards import Forwards
+from ltx.certificates.tightened import _bounds, tightened
+from ltx.certificates.together import together
+from ltx.graph import run, trace
 from ltx.intervals import Interval
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
@@ -208,3 +211,66 @@ def test_the_command(construction, ltx, tmp_path):
     assert (status, out) == (1, "")
     assert "no such file" in one_line(err)
     assert written.read_bytes() == before
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "softplus"])
+@pytest.mark.parametrize("construction", ["2L", "L+1"])
+def test_passes_back_from_later_activations_hold_at_every_pixel(construction, activation):
+    """One for each distance from the border bounds all pixels, as well as one for each pixel would."""
+    model = small_cnn(activation, channels=3, size=9)
+    graph = trace(model)
+    ticket = construct(graph, construction=construction, base_set_size=18, epsilon=0.02)
+    low, high = -torch.ones(1, 9, 9, dtype=torch.float64), torch.ones(1, 9, 9, dtype=torch.float64)
+    known = tightened(ticket, graph, low, high)
+    assert list(known) == ["2"]
+    walk = Forwards(ticket, graph, Interval(low, high), True)
+    walk.run()
+    live = ticket.read_channels()["2"]
+    live = live[walk.slots["2"].labels[live] >= 0]
+    before, bound = walk.slots["2"].off[live], known["2"][live]
+    assert float(before.within(bound).width.mean()) < float(before.width.mean())
+    every = _bounds(walk, "2", live, torch.arange(9), torch.arange(9))[live]
+    torch.testing.assert_close(every.low, bound.low, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(every.high, bound.high, rtol=1e-9, atol=1e-12)
+    network = ticket.to_module().double()
+    x = torch.cat([images(300, 9), images(300, 9).sign()]).double()
+    values = network.run(x, keep=["2"])["2"]
+    (theirs,) = (value for node, value in run(graph, x) if node.name == "2")
+    read = network.channels("2")
+    mine = torch.isin(read, live)
+    off = values[:, mine] - theirs[:, ticket.slots["2"][read[mine]]]
+    assert bool((off >= bound.low - 1e-9).all())
+    assert bool((off <= bound.high + 1e-9).all())
+    model.float()
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "softplus", "silu", "gelu"])
+def test_slots_of_a_channel_together(activation):
+    """Forms of the slots behind the first activation: within their bounds, which are better than those of each slot."""
+    model = small_cnn(activation, channels=3, size=6)
+    graph = trace(model)
+    ticket = construct(graph, construction="L+1", base_set_size=18, epsilon=0.02)
+    box = Interval(-torch.ones(1, 6, 6, dtype=torch.float64), torch.ones(1, 6, 6, dtype=torch.float64))
+    walk = Forwards(ticket, graph, box, True)
+    walk.run()
+    node = next(n for n in ticket.graph if n.name == "1")
+    labels = walk.slots["0"].labels
+    generator = torch.Generator().manual_seed(0)
+    form = torch.rand(8, *walk.slots["1"].off.low.shape, generator=generator, dtype=torch.float64) - 0.5
+    form[:, labels < 0] = 0
+    x = torch.cat([images(500, 6), images(500, 6).sign()]).double()
+    network = ticket.to_module().double()
+    values = network.run(x, keep=["0", "1"])
+    theirs = {n.name: value for n, value in run(graph, x) if n.name in ("0", "1")}
+    read = network.channels("1")
+    off = {}
+    for name in ("0", "1"):
+        off[name] = torch.zeros(len(x), *form.shape[1:], dtype=torch.float64)
+        off[name][:, read] = values[name] - theirs[name][:, labels[read].clamp_min(0)]
+    form[:, ~torch.isin(torch.arange(len(labels)), read)] = 0
+    alone = (form.abs() * walk.slots["1"].off.magnitude).flatten(1).sum(1)
+    slope, rest = together(walk, node, form)
+    found = torch.einsum("nchw,ochw->no", off["1"] - slope * off["0"], form)
+    assert bool((found >= rest.low - 1e-9).all())
+    assert bool((found <= rest.high + 1e-9).all())
+    assert bool((rest.magnitude < alone).all())

@@ -18,7 +18,8 @@ With phi linear on either side of 0 their sum is A_+ Y for Y > 0 and A_- Y below
 the deviation counts as in the target, however large the entries are. That is why 2L tickets of deep networks work and
 L+1 tickets of smallest subsets do not (`ltx.theory` says what the proof of Theorem 3.2 takes for granted there).
 
-A second pass goes from the outputs back to the image (`ltx.certificates.backwards`). The better bound counts.
+A second pass goes from the outputs back to the image (`ltx.certificates.backwards`), and where that is worth it one
+from every slot in front of a later activation (`ltx.certificates.tightened`). The better bound counts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from ltx.certificates.backwards import Backwards
 from ltx.certificates.forwards import Forwards, NodeBound
+from ltx.certificates.tightened import tightened
 from ltx.errors import LtxError
 from ltx.graph import Graph, fold_batch_norm
 from ltx.intervals import Interval
@@ -63,7 +65,7 @@ def certify(ticket: Ticket, target: Graph, low: Tensor, high: Tensor, *, sharp: 
             whose parameters are rounded to float32.
         low, high: (C, H, W), the least and largest value of each element; any float type, exactly taken.
         sharp: whether the copies in a pair are treated as functions of the slot that they read, and not as slots with
-            deviations of their own; and whether a second pass goes back from the outputs.
+            deviations of their own; and whether passes go back from the outputs, and from later activations.
 
     Returns:
         a bound for the networks in exact arithmetic; float32 adds its own rounding when they are run.
@@ -75,7 +77,9 @@ def certify(ticket: Ticket, target: Graph, low: Tensor, high: Tensor, *, sharp: 
         raise LtxError(f"low and high must be images (C, H, W) with low <= high, not {tuple(low.shape)}")
     if not any(node.op == "batch_norm" for node in ticket.graph):
         target = fold_batch_norm(target)
-    forwards = Forwards(ticket, target, Interval(low.double().cpu(), high.double().cpu()), sharp)
+    low, high = low.double().cpu(), high.double().cpu()
+    known = tightened(ticket, target, low, high) if sharp else {}
+    forwards = Forwards(ticket, target, Interval(low, high), sharp, known)
     nodes = tuple(forwards.run())
     outputs = forwards.outputs.within(Backwards(forwards).run()) if sharp else forwards.outputs
     return Certificate(outputs, nodes)

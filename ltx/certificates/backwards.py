@@ -7,14 +7,16 @@ followed, and at most r |d|, which is not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ltx import operations
-from ltx.activations import Activation
+from ltx.activations import Activation, from_attributes
 from ltx.certificates.forwards import Forwards, Part, Rows, Slots
+from ltx.certificates.together import together
 from ltx.graph import Node
 from ltx.intervals import UNIT, Interval
 from ltx.ticket import TicketNode
@@ -25,21 +27,26 @@ class Backwards:
 
     def __init__(self, walk: Forwards):
         self.walk = walk
-        nodes = walk.ticket.graph
         self.off: dict[str, Tensor] = {}  # ticket's node -> (O, C, ...) of its slots' deviations
         self.theirs: dict[str, Tensor] = {}  # target's node -> the same of its channels
-        self.sum = Interval.exactly(torch.zeros(walk.slots[nodes[-1].name].off.low.numel()))
+        self.sum = Interval.exactly(torch.zeros(0))
 
     def run(self) -> Interval:
         """Bounds of the outputs' deviations, (O,)."""
-        walk, nodes = self.walk, self.walk.ticket.graph
-        last = nodes[-1]
-        before = walk.slots[last.inputs[0]].off.low
+        last = self.walk.ticket.graph[-1]
+        many = self.walk.slots[last.name].off.low.numel()
+        before = self.walk.slots[last.inputs[0]].off.low
         rows = torch.tensor(last.attributes["rows"], dtype=torch.int64)
-        form = torch.zeros(len(self.sum.low), *before.shape, dtype=torch.float64)
-        form[:, rows] = torch.eye(len(self.sum.low), dtype=torch.float64).view(-1, *before[rows].shape)
-        self.off[last.inputs[0]] = form
-        for node in reversed(nodes[:-1]):
+        form = torch.zeros(many, *before.shape, dtype=torch.float64)
+        form[:, rows] = torch.eye(many, dtype=torch.float64).view(-1, *before[rows].shape)
+        return self.of(last.inputs[0], form)
+
+    def of(self, name: str, form: Tensor) -> Interval:
+        """Bounds of forms (O, C, ...) of the deviations at a node of the ticket, (O,)."""
+        walk, nodes = self.walk, self.walk.ticket.graph
+        self.sum = Interval.exactly(torch.zeros(len(form)))
+        self.off[name] = form
+        for node in reversed(nodes[: [node.name for node in nodes].index(name) + 1]):
             if node.name in self.off:
                 self._ticket(node, self.off.pop(node.name))
         for node in reversed(walk.target.nodes):
@@ -59,7 +66,15 @@ class Backwards:
         self._known(form[:, ~there], mine.off[~there])
         form = form * there.view(-1, *[1] * (form.ndim - 2))
         before = walk.slots[node.inputs[0]]
-        if node.op == "activation":
+        if (
+            node.op == "activation"
+            and before.linear is not None
+            and math.isfinite(from_attributes(node.attributes).curvature)
+        ):
+            slope, rest = together(walk, node, form)
+            self.sum = self.sum + rest
+            self._follow(self.off, node.inputs[0], form * slope, before.off)
+        elif node.op == "activation":
             slopes = walk.slopes(node, before)
             slope = (slopes.low + slopes.high) / 2
             rest = before.off * Interval(slopes.low - slope, slopes.high - slope).widened()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltx.activations import ACTIVATIONS, Activation, from_attributes
 from ltx.graph import Graph, Layer
-from ltx.intervals import Interval, node_intervals
+from ltx.intervals import UNIT, Interval, node_intervals
 from ltx.source import SourceLayer
 from ltx.ticket import DEAD, Ticket, TicketNode
 from ltx.verification.pairs import taps_read, without_padding
@@ -34,6 +34,16 @@ class Slots:
     off: Interval  # slot - channel
     own: Interval  # slot
     copies: Copies | None = None
+    linear: Linear | None = None  # in the image, where they are
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Deviations as a convolution of the image, and what is left."""
+
+    weight: Tensor  # (R, C, kernel...)
+    how: tuple  # stride, padding, dilation
+    rest: Interval  # (R, ...)
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,11 @@ class Copies:
 class Forwards:
     """The forward pass; what it finds at every node is kept for the way back."""
 
-    def __init__(self, ticket: Ticket, target: Graph, box: Interval, sharp: bool):
-        self.ticket, self.target, self.sharp = ticket, target, sharp
+    def __init__(
+        self, ticket: Ticket, target: Graph, box: Interval, sharp: bool, known: Mapping[str, Interval] | None = None
+    ):
+        """known: what is proven already of the deviations at nodes of the ticket."""
+        self.ticket, self.target, self.sharp, self.known = ticket, target, sharp, known or {}
         self.channels = node_intervals(target, box)
         self.slots: dict[str, Slots] = {}
 
@@ -60,7 +73,10 @@ class Forwards:
         """Go through the ticket; the bounds behind its activations."""
         bounds, read = [], self.ticket.read_channels()
         for node in self.ticket.graph:
-            found = self.slots[node.name] = self._node(node, [self.slots[name] for name in node.inputs])
+            found = self._node(node, [self.slots[name] for name in node.inputs])
+            if node.name in self.known:
+                found = replace(found, off=found.off.within(self.known[node.name]))
+            self.slots[node.name] = found
             if node.op == "activation" and found.copies is None:
                 mine = read[node.name][found.labels[read[node.name]] >= 0]
                 if len(mine):
@@ -154,12 +170,26 @@ class Forwards:
     def _rows(self, node: TicketNode, before: Slots) -> Slots:
         """Rows (R,) that sum slots, or copies of slots, beside those of a layer of the target that they stand for."""
         rows = self.layer(node, before)
-        parts = [part.x.affine(part.weight, rows.how, terms=part.terms) for part in self.parts(rows, before)]
-        off = parts[0]
-        for part in parts[1:]:
-            off = off + part
-        off = off.scaled(torch.ones(len(rows.labels)), rows.bias)
-        return Slots(rows.target, rows.labels, off, _chosen(self.channels[rows.target], rows.labels) + off)
+        parts = list(self.parts(rows, before))
+        known = [part.x.affine(part.weight, rows.how, terms=part.terms) for part in parts]
+        off = _total(known).scaled(torch.ones(len(rows.labels)), rows.bias)
+        own = _chosen(self.channels[rows.target], rows.labels) + off
+        linear = self._linear(rows, parts, known) if before.target == "input" and rows.kernel else None
+        return Slots(rows.target, rows.labels, off, own, linear=linear)
+
+    def _linear(self, rows: Rows, parts: list[Part], known: list[Interval]) -> Linear | None:
+        """Of rows that read the image: what of their deviations is a convolution of it."""
+        of_image = [part.of in ("own", "theirs") for part in parts]
+        if not any(of_image) or not self.sharp:
+            return None
+        image = [part for part, mine in zip(parts, of_image, strict=True) if mine]
+        others = [found for part, found in zip(parts, known, strict=True) if part.of == ""]  # `off` of the image is 0
+        zero = Interval.exactly(torch.zeros_like(known[0].low))
+        rest = _total([zero, *others]).scaled(torch.ones(len(rows.labels)), rows.bias)
+        weight = torch.stack([part.weight for part in image]).sum(0)
+        sizes = torch.stack([part.terms.flatten(1).sum(1) * part.x.magnitude.max() for part in image]).sum(0)
+        slack = 4 * (weight[0].numel() + 16) * UNIT * sizes
+        return Linear(weight, rows.how, rest.widened(slack.view(-1, *[1] * (rest.low.ndim - 1))))
 
     def layer(self, node: TicketNode, before: Slots) -> Rows:
         """A layer's rows, random or given."""
@@ -279,6 +309,13 @@ class Rows:
         terms = weight.abs() if terms is None else terms
         x = x if self.kernel else x.map(torch.flatten)
         return Part(of, weight.reshape(shape), x, terms.reshape(shape))
+
+
+def _total(parts: list[Interval]) -> Interval:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _exact(value: float) -> Tensor:
