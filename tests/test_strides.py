@@ -15,7 +15,9 @@ from ltx.constructions.strides import pair_geometry
 from ltx.errors import ConstructionError
 from ltx.export import masked_network
 from ltx.graph import Layer, trace
+from ltx.source import SourceLayer
 from ltx.theory import guarantee
+from ltx.verification.pairs import taps_read, without_padding
 
 
 def layer(kernel, stride, padding, dilation):
@@ -171,3 +173,32 @@ def test_the_command(ltx, tmp_path):
     wrong = ltx("construct", "target=digits", "pair.stride=first", "selection=feedback")
     assert "use pair.stride=second" in one_line(wrong[2])
     assert "no meaning" in one_line(ltx("construct", "target=resnet22", "pair.kernel=3", "construction=sampled")[2])
+
+
+def test_constructions_and_verification_agree_on_geometry():
+    """Each derived for itself which tap of the target is read through which taps of a pair."""
+    generator, found = torch.Generator().manual_seed(0), 0
+
+    def some(low, high):
+        return tuple(torch.randint(low, high + 1, (2,), generator=generator).tolist())
+
+    for n in range(400):
+        target = layer(some(1, 6), some(1, 4), some(0, 3), some(1, 3))
+        kernel, taps = 1 + 2 * (n % 5), target.weight[0, 0].numel()
+        try:
+            mine = pair_geometry(target, "a", taps, image=True, kernel=kernel, stride="first" if n % 3 else "second")
+        except ConstructionError:
+            continue
+        first = mine.first_layer(SourceLayer("a.copies", 0, "conv", (0, 0), 1, role="copies"))
+        second = mine.second_layer(
+            SourceLayer("a", 1, "conv", (0, 0, *target.weight.shape[2:]), taps, stride=target.stride,
+                        padding=target.padding, dilation=target.dilation, role="pair")
+        )  # fmt: skip
+        table = taps_read(first, second, target)
+        assert isinstance(table, torch.Tensor)
+        assert table[mine.first, mine.second].tolist() == list(range(taps))
+        if mine.constants is not None:
+            assert without_padding(first)[mine.constants[0]]
+            assert without_padding(second)[mine.constants[1]]
+        found += 1
+    assert found > 200
