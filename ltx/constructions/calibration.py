@@ -118,14 +118,27 @@ class Calibration:
             return entry[slots.to(self.device)].view(shape) * torch.where(fixed, 1.0, x)
         if node.op == "layer":
             return self._rows[node.attributes["layer"]].at(slots)
-        inputs = [self.at(before, slots) for before in node.inputs]
+        # of a sum what takes longer first, so that hundreds of megabytes do not wait for it at every block
+        values = {before: self.at(before, slots) for before in sorted(node.inputs, key=self._depth, reverse=True)}
+        inputs = [values.pop(before) if node.inputs.count(before) == 1 else values[before] for before in node.inputs]
         if node.op == "activation":
             return from_attributes(node.attributes).fn(inputs[0])
         if node.op == "batch_norm":
             scale, shift = (t.to(self.device) for t in self.norms[name](slots))
             return operations.scale_and_shift(inputs[0], scale, shift)
+        if node.op == "add":
+            one, other = inputs if not self._held(inputs[0]) else reversed(inputs)
+            return one + other if self._held(one) else one.add_(other)
         # behind a layer the slots of a flatten are the channels of the images in front of it
         return inputs[0] if node.op == "flatten" else operations.OPERATIONS[node.op](inputs, node.attributes)
+
+    def _depth(self, name: str) -> int:
+        """How many operations there are since the layers behind a node."""
+        node = self.nodes[name]
+        return 0 if node.op in ("input", "layer", "given") else 1 + max(map(self._depth, node.inputs))
+
+    def _held(self, values: Tensor) -> bool:
+        return values is self.images or any(values is rows.values for rows in self._rows.values())
 
     def behind(self, name: str, places: Mapping[str, str]) -> Behind:
         """Where the error of the rows of layer `name` is measured.
@@ -155,24 +168,24 @@ class _Rows:
 
     def __init__(self):
         self._where = torch.empty(0, dtype=torch.int64)
-        self._values: Tensor | None = None
+        self.values: Tensor | None = None
 
     def add(self, slots: Tensor, values: Tensor) -> None:
-        have = 0 if self._values is None else self._values.shape[1]
+        have = 0 if self.values is None else self.values.shape[1]
         if len(slots) and int(slots.max()) >= len(self._where):
             more = torch.full((int(slots.max()) + 1 - len(self._where),), -1)
             self._where = torch.cat([self._where, more])
         self._where[slots] = torch.arange(have, have + len(slots))
-        self._values = values if self._values is None else torch.cat([self._values, values], 1)
+        self.values = values if self.values is None else torch.cat([self.values, values], 1)
 
     def at(self, slots: Tensor) -> Tensor:
-        assert self._values is not None
+        assert self.values is not None
         known = slots < len(self._where)
         where = torch.where(known, self._where[slots.where(known, 0)], -1)
-        if torch.equal(where, torch.arange(self._values.shape[1])):
-            return self._values
-        where = where.to(self._values.device)
-        found = self._values[:, where]
+        if torch.equal(where, torch.arange(self.values.shape[1])):
+            return self.values
+        where = where.to(self.values.device)
+        found = self.values[:, where]
         if bool((where < 0).any()):
             found[:, where < 0] = math.nan
         return found
