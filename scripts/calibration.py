@@ -11,6 +11,7 @@ Rows that are there already are not made again, whatever the defaults were then:
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ltx import Feedback, construct, data
@@ -28,7 +30,7 @@ from ltx.evaluation import compare, outputs
 from ltx.files import write_text
 from ltx.graph import trace
 from ltx.paths import reference_dir
-from ltx.report.figures import save
+from ltx.report.figures import BLUE, RED, save
 from ltx.targets import build, load_into, read_checkpoint
 
 SPEC = data.dataset_spec("cifar10")
@@ -123,24 +125,36 @@ def _measure(graph, settings: Feedback, images: int, origin: str, seed: int, spl
 def figure(table: pd.DataFrame, activation: str) -> Figure:
     """Deviation on calibration and on test images, and disagreement, for everything that was varied."""
     names = list(dict.fromkeys(table.varied))
-    result = Figure(figsize=(2.3 * len(names), 4.6), layout="constrained")
-    panels = result.subplots(2, len(names), sharey="row", sharex="col")
-    for column, name in enumerate(names):
+    wide = -(-len(names) // 2)
+    result = Figure(figsize=(2.3 * wide, 9.2), layout="constrained")
+    panels = result.subplots(4, wide)
+    for n, name in enumerate(names):
+        upper, lower = panels[2 * (n // wide) : 2 * (n // wide) + 2, n % wide]
         mine = table.loc[table.varied == name]
         values = list(dict.fromkeys(mine.value))
         means = mine.groupby("value")[["deviation_calibration", "deviation_test", "agreement"]].mean().loc[values]
-        ticks = [value if len(value) < 14 else " ".join(value.split()[:2]) for value in values]
-        panels[0, column].plot(ticks, means.deviation_calibration, "o-", color="#1b6ca8", label="calibration images")
-        panels[0, column].plot(ticks, means.deviation_test, "o-", color="#c8384f", label="test images")
-        panels[1, column].plot(ticks, 100 - means.agreement, "o-", color="#2e8b57")
-        panels[0, column].set_title(name, loc="left")
-        panels[1, column].tick_params(axis="x", rotation=90 if max(map(len, ticks)) > 5 else 0)
-    for axes in panels.flatten():
-        axes.set_yscale("log")
-        axes.grid(alpha=0.25, lw=0.5)
-    panels[0, 0].set_ylabel("last deviation / std")
+        ticks = [textwrap.fill(value, 18) for value in values]
+        line = "o" if name in ("origin", "order") else "o-"
+        upper.plot(ticks, means.deviation_calibration, line, color=BLUE, label="calibration images")
+        upper.plot(ticks, means.deviation_test, line, color=RED, label="test images")
+        lower.plot(ticks, 100 - means.agreement, line, color="#2e8b57")
+        upper.set_title(name, loc="left", fontsize=10)
+        upper.tick_params(axis="x", labelbottom=False)
+        lower.tick_params(axis="x", rotation=90 if max(map(len, ticks)) > 5 else 0, labelsize=8)
+        for axes, key in ((upper, "deviation_calibration deviation_test"), (lower, "disagreement")):
+            every = 100 - table.agreement if key == "disagreement" else table[key.split()].stack()
+            axes.set_yscale("log")
+            axes.set_ylim(
+                max(float(every.min()) * 0.8, 0.2 if key == "disagreement" else 0.0), float(every.max()) * 1.25
+            )
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.25, lw=0.5)
+        if n % wide == 0:
+            upper.set_ylabel("last deviation / std")
+            lower.set_ylabel("disagreement, %")
+    for empty in panels[2:, len(names) - wide :].flatten():
+        empty.set_visible(False)
     panels[0, 0].legend(frameon=False, fontsize=7)
-    panels[1, 0].set_ylabel("disagreement, %")
     result.suptitle(
         f"What explicit L+1 tickets with feedback depend on (ResNet-22, {activation}, {len(SEEDS)} seeds)", fontsize=10
     )
