@@ -274,3 +274,12 @@ def test_slots_of_a_channel_together(activation):
     assert bool((found >= rest.low - 1e-9).all())
     assert bool((found <= rest.high + 1e-9).all())
     assert bool((rest.magnitude < alone).all())
+
+
+def test_a_layer_that_nothing_reads():
+    model = small_cnn("tanh", channels=3, size=6)
+    with torch.no_grad():
+        model[5].weight_mask.zero_()
+    ticket = construct(model, construction="L+1", base_set_size=20, head="construct")
+    box = -torch.ones(1, 6, 6), torch.ones(1, 6, 6)
+    assert certify(ticket, trace(model), *box).largest < 0.1

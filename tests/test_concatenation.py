@@ -96,6 +96,18 @@ def test_feedback_certificates_theorems_and_export():
     assert {layer.layer for layer in whole.layers} == set(graph.layers)
 
 
+def test_a_tensor_twice_and_by_name():
+    model = random_net(
+        lambda s, x: s.d(torch.cat(tensors=[(y := relu(s.a(x))), y, s.b(x)], dim=1).flatten(1)),
+        a=conv(1, 2), b=conv(1, 1, bias=False), d=nn.Linear(5 * 64, 2),
+    )  # fmt: skip
+    graph, x = trace(model), images(4, 8)
+    *_, (_, value) = run(graph, x)
+    with torch.no_grad():
+        torch.testing.assert_close(value, model(x), rtol=1e-5, atol=1e-5)
+    assert verify(construct(graph, head="construct", base_set_size=20), graph).ok
+
+
 def test_layers_of_a_concatenation_are_no_projections():
     """A dense block is no residual block, though one summand reads what the other one does, without activation."""
     graph = trace(dense())

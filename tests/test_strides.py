@@ -125,7 +125,7 @@ def test_residual_networks_with_batch_norm_and_feedback():
     assert verify(taken, graph, x).violations == ()
 
 
-@pytest.mark.parametrize("entry", ["another tap", "another stride", "another padding"])
+@pytest.mark.parametrize("entry", ["another tap", "another stride", "another padding", "other taps", "linear"])
 def test_what_reads_other_pixels_is_found(entry):
     graph = trace(strided("relu"))
     ticket = construct(graph, construction="2L", head="construct", scaling="layer_max", pair_kernel=3,
@@ -136,7 +136,11 @@ def test_what_reads_other_pixels_is_found(entry):
         mask[0] += 1 if mask[0] % copies.taps < copies.taps - 1 else -1
         wrong = replace(ticket, masks={**ticket.masks, "c.copies": mask.unique()})
     else:
-        changed = {"stride": (1, 1)} if entry == "another stride" else {"padding": (0, 0)}
+        size = copies.shape[0], copies.row_size
+        changed = {
+            "another stride": {"stride": (1, 1)}, "another padding": {"padding": (0, 0)}, "other taps": {"taps": 3},
+            "linear": {"kind": "linear", "shape": size, "taps": 1},
+        }[entry]  # fmt: skip
         layers = tuple(replace(n, **changed) if n.name == "c.copies" else n for n in ticket.layers)
         wrong = replace(ticket, layers=layers)
     assert not verify(wrong, graph).ok

@@ -43,7 +43,7 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
         slots = walk.slots[name]
         border = _reach(target, slots.target)
         live = read[name][slots.labels[read[name]] >= 0]
-        if border is None or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:
+        if not len(live) or border is None or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:
             continue
         rows, columns = (_classes(size, border) for size in shape[1:])
         if len(live) * len(rows.unique()) * len(columns.unique()) > MAX_FORMS:

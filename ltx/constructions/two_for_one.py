@@ -39,6 +39,8 @@ from ltx.graph import Graph, above
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
+SMALLEST_SIGMA = 1e-30  # so that its inverse is a float32 too
+
 
 @dataclass(frozen=True)
 class PairLaw:
@@ -109,6 +111,11 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
             f"layer {name}: its inputs have no known bound, which {phi.name} needs to be nearly linear on them"
         )
     sigma = linear_scale(phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale)
+    if not sigma >= SMALLEST_SIGMA:
+        raise ConstructionError(
+            f"layer {name}: its inputs may be as large as {place.bound:.3g}, on which {phi.name} cannot be made linear "
+            "in float32"
+        )
     image = target.kind == "conv" or (place.stream is not None and not place.vector)
     geometry = pair_geometry(
         target, name, weight.shape[2], image=image, kernel=plan.pair_kernel, stride=plan.pair_stride

@@ -102,7 +102,8 @@ def _in_place(model: nn.Module, node: fx.Node) -> bool:
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     """The nodes that an operation reads, one that is read twice (x + x) twice."""
-    every = [a for arg in node.args for a in (arg if isinstance(arg, list | tuple) else [arg])]
+    given = (*node.args, *node.kwargs.values())
+    every = [a for arg in given for a in (arg if isinstance(arg, list | tuple) else [arg])]
     direct = [a for a in every if isinstance(a, fx.Node)]
     return direct if len(direct) > len(node.all_input_nodes) else node.all_input_nodes
 

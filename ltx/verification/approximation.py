@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ from ltx.verification.pairs import taps_read, without_padding
 ROUNDING = 1e-12  # the sums here are formed in another order than the solver's, in float64
 
 
+@dataclass(frozen=True)
+class _Copied:
+    range: tuple[float, float]  # of what is copied
+    tap: Tensor  # (rows,) through which a row reads it; -1: none
+
+
 class Approximation:
     """Walks the ticket's graph, which `topology` found to be the target's, beside the target's parameters."""
 
@@ -34,6 +41,7 @@ class Approximation:
         self.labels: dict[str, Tensor | None] = {}
         self.constants: dict[str, Tensor] = {}
         self.copies: dict[str, tuple[TicketNode, SourceLayer]] = {}  # node behind a 1x1 layer -> that layer
+        self.copied: dict[str, _Copied] = {}  # layer of copies -> what it copies
         # node -> the least and largest value that its elements can have, whatever the parameters before it
         self.range: dict[str, tuple[float, float]] = {}
 
@@ -143,8 +151,8 @@ class Approximation:
         channels = len(self.target.layers[layer.target].weight[0]) if inside is None else max(int(inside.max()) + 1, 0)
         if int(labels.max()) >= channels:
             yield f"{layer.name}.slots: {int(labels.max())} is no channel of what it copies"
-        channel, self.tap = offsets // layer.taps, torch.full((layer.shape[0],), -1, dtype=torch.int64)
-        self.tap[rows] = offsets % layer.taps  # none of a bias
+        channel, tap = offsets // layer.taps, torch.full((layer.shape[0],), -1, dtype=torch.int64)
+        tap[rows] = offsets % layer.taps  # none of a bias
         meaning = channel if inside is None else inside[channel]
         for row in rows[(labels[rows] != meaning) & (labels[rows] != DEAD)][:1].tolist():
             yield f"layer {layer.name}: row {row} is labelled {int(labels[row])} and copies something else"
@@ -162,7 +170,7 @@ class Approximation:
         value[bias_rows] = source.biases(layer, self.ticket.seed, bias_rows).double()
         self.constants[node.name] = value
         self.copies[node.name] = (node, layer)
-        self.copied = self.range[node.inputs[0]]
+        self.copied[layer.name] = _Copied(self.range[node.inputs[0]], tap)
 
     def _sums(self, node, layer, labels, rows, offsets, values) -> Iterator[str]:
         """A layer of sums: in every slot of channel i they are W[i, j, k] and b[i]."""
@@ -225,7 +233,7 @@ class Approximation:
         self.constants[node.name] = torch.where(constant_row, bias_sum, torch.nan)
         if node.inputs[0] in self.copies:
             # one slot a channel: a parameter above epsilon is off by `within`, its linearisation by epsilon
-            reach = max(1.0, *map(abs, self.copied))
+            reach = max(1.0, *map(abs, self._copied(node).range))
             size = target.weight.abs().flatten(1).double()
             size = torch.where(size > epsilon, size + epsilon + within, size).sum(1)
             size = torch.where(size > 0, size * reach, 0.0)
@@ -260,7 +268,12 @@ class Approximation:
             return tap
         found = taps_read(self.copies[node.inputs[0]][1], layer, target)
         assert isinstance(found, Tensor)  # or topology has found what is wrong
-        return torch.where(self.tap[channel] < 0, tap, found[self.tap[channel], tap])
+        first = self._copied(node).tap[channel]
+        return torch.where(first < 0, tap, found[first, tap])
+
+    def _copied(self, node) -> _Copied:
+        """What the copies that a layer of sums reads copy."""
+        return self.copied[self.copies[node.inputs[0]][1].name]
 
     def _columns(self, node) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """Per input channel of a layer of sums: what it stands for, what an entry is worth, its sign; the base sets."""
@@ -278,7 +291,7 @@ class Approximation:
         if phi.offset != 0:
             # rows 2n and 2n + 1 are kept together: each is worth half of what the two are
             return meaning, entry * total / 2, torch.zeros(len(meaning)), (0,)
-        if phi.odd_slopes or self.copied[0] >= 0:
+        if phi.odd_slopes or self._copied(node).range[0] >= 0:
             slope = torch.where(entry > 0, phi.slope_pos, phi.slope_neg)
             return meaning, entry * slope, torch.zeros(len(meaning)), (0,)
         return meaning, entry * total, entry.sign(), (1, -1)
@@ -306,7 +319,7 @@ class Approximation:
         if node.inputs[0] not in self.copies:
             return
         phi_node, copies = self.copies[node.inputs[0]]
-        phi, bound = _inside(phi_node), max(map(abs, self.copied))
+        phi, bound = _inside(phi_node), max(map(abs, self._copied(node).range))
         if phi.exact:
             return
         if not math.isfinite(bound):

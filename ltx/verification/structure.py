@@ -35,6 +35,9 @@ def structure(ticket: Ticket) -> Iterator[str]:
         if len(layer.shape) != (4 if layer.kind == "conv" else 2) or min(*layer.shape, layer.taps) < 1:
             yield f"layer {layer.name}: shape {layer.shape} with {layer.taps} taps is none"
             return
+        if layer.row_size % layer.taps or (layer.kind == "conv" and layer.taps != math.prod(layer.shape[2:])):
+            yield f"layer {layer.name}: a channel is read by other than {layer.taps} entries of shape {layer.shape}"
+            return
         if layer.index != position:
             yield f"layer {layer.name}: index {layer.index}, but it is layer {position} of the source"
         if layer.bias != (position == 0):

@@ -128,8 +128,8 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
                 return f"layer {layer.name}: {together}"
             result.add(node, node.inputs, *together, flat=flat or layer.kind == "linear")
         elif layer is not None and layer.role == "copies":
-            if len(layer.shape) == 2 and layer.taps != 1:
-                return f"layer {layer.name}: copies of a vector read one number each"
+            if layer.kind == "linear" and (layer.taps != 1 or not flat):
+                return f"layer {layer.name}: linear copies read vectors, one number each"
             copies[name] = layer
             result.skip(node, flat=flat)
         elif layer is not None:
@@ -166,6 +166,8 @@ def _operation(layer: SourceLayer, flat: bool) -> tuple:
 
 def _together(first: SourceLayer, second: SourceLayer, target: Graph, flat: bool) -> tuple | str:
     """What a pair of layers computes, as the operation of the target that it stands for, or what is wrong with it."""
+    if first.kind == "linear" and second.kind != "linear":
+        return "linear copies stand in front of a convolution"
     theirs = target.layers.get(second.target)
     plain = first.kind == "linear" or (math.prod(first.shape[2:]), first.stride, first.padding) == (1, (1, 1), (0, 0))
     if theirs is None or theirs.kind != second.kind or (plain and first.dilation == (1, 1)):
