@@ -124,6 +124,10 @@ def test_layers_of_a_concatenation_are_no_projections():
             lambda s, x: s.e(torch.cat([s.a(x).flatten(1), s.b(x).flatten(1)], 1)),
             "node 'cat' concatenates flattened images; flatten behind the concatenation",
         ),
+        (
+            lambda s, x: s.e(s.n(torch.cat([s.a(x), s.b(x)], 1).flatten(1))),
+            "batch norm 'n' has 256 channels, the concatenation in front of it 4; flatten behind it",
+        ),
         (lambda s, x: s.d(torch.cat([s.a(x), s.b(x)], 1)), r"layer 'd' reads 1 channels, the concatenation has 2 \+ 2"),
         (
             lambda s, x: s.e(torch.cat([x, s.a(torch.cat([x, x], 1))], 1).flatten(1)),
@@ -132,6 +136,7 @@ def test_layers_of_a_concatenation_are_no_projections():
     ],
 )
 def test_what_is_refused(run_it, message):
-    model = random_net(run_it, a=conv(1, 2), b=conv(1, 2), c=conv(4, 2), d=conv(1, 4), e=nn.Linear(256, 2))
+    model = random_net(run_it, a=conv(1, 2), b=conv(1, 2), c=conv(4, 2), d=conv(1, 4), e=nn.Linear(256, 2),
+                       n=nn.BatchNorm1d(256))  # fmt: skip
     with pytest.raises(ConstructionError, match=message):
         trace(model)

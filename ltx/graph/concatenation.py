@@ -89,6 +89,11 @@ def _elementwise(node: Node, parts: Sequence[Sequence[_Part]]) -> list[Node]:
         )
     norms: Sequence[BatchNorm | None] = [None] * len(parts[0])
     if node.batch_norm is not None:
+        if len(node.batch_norm.scale) != sum(sizes[0]):
+            raise ConstructionError(
+                f"batch norm '{node.name}' has {len(node.batch_norm.scale)} channels, the concatenation in front of it "
+                f"{sum(sizes[0])}; flatten behind it"
+            )
         scale, shift = node.batch_norm.scale.split(sizes[0]), node.batch_norm.shift.split(sizes[0])
         norms = [BatchNorm(*pair) for pair in zip(scale, shift, strict=True)]
     return [
