@@ -51,7 +51,9 @@ def ticket_deviations(
             continue
         read = network.channels(node.name)
         slots = labels[node.name]
-        meaning = read if slots is None else slots[read]
+        if slots is None:  # of the image, which is not off
+            continue
+        meaning = slots[read]
         live = meaning >= 0
         if not live.any():
             continue

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from conftest import images, one_line, randomise, small_cnn, small_resnet
+from test_dags import ODD
 from torch import nn
 
 from ltx import LtxError, construct, theory
@@ -101,6 +102,26 @@ def test_other_networks_in_boxes_and_points(name, phi, construction, head):
         alone = certify(ticket, graph, point, point).outputs
         assert (alone.low - 1e-12 <= found).all()
         assert (found <= alone.high + 1e-12).all()
+
+
+@both
+@pytest.mark.parametrize("name", ODD)
+def test_graphs_that_are_no_chains(name, construction):
+    graph = trace(ODD[name])
+    ticket = construct(graph, construction=construction, base_set_size=20, head="construct", scaling="layer_max")
+    x, point = torch.cat([images(60, 8), images(60, 8, seed=1).sign()]), images(1, 8, seed=2)
+
+    def off(x):  # from the graph, in which batch norm's scale and shift are float32
+        *_, (_, theirs) = run(graph, x.double())
+        with torch.no_grad():
+            return (ticket.to_module().double()(x.double()) - theirs).abs().amax(0).flatten()
+
+    for sharp in (True, False):
+        proven = certify(ticket, graph, *box(8), sharp=sharp)
+        assert (off(x) <= proven.bound).all()
+        alone = certify(ticket, graph, point[0], point[0], sharp=sharp)
+        assert (off(point) <= alone.bound + 1e-12).all()
+        assert alone.largest <= proven.largest
 
 
 @both

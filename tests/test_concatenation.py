@@ -129,6 +129,7 @@ def test_layers_of_a_concatenation_are_no_projections():
             "batch norm 'n' has 256 channels, the concatenation in front of it 4; flatten behind it",
         ),
         (lambda s, x: s.d(torch.cat([s.a(x), s.b(x)], 1)), r"layer 'd' reads 1 channels, the concatenation has 2 \+ 2"),
+        (lambda s, x: s.c(torch.cat([x + s.a(x), s.b(x)], 1)), "node 'add' adds the image itself; put a layer"),
         (
             lambda s, x: s.e(torch.cat([x, s.a(torch.cat([x, x], 1))], 1).flatten(1)),
             "node 'cat' concatenates the image, whose channels no convolution of it tells",

@@ -1,5 +1,6 @@
 """Graphs that are no chains: skips of many kinds, several readers, odd places of activations and flattening."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from conftest import deviation, images
 from torch import nn
 
-from ltx import LtxError, construct, verify
+from ltx import LtxError, Ticket, construct, source, verify
 from ltx.deviation import ticket_deviations
 from ltx.graph import trace
-from ltx.ticket import CONSTANT, DEAD
+from ltx.source import SourceLayer
+from ltx.ticket import CONSTANT, DEAD, TicketNode
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 
@@ -115,6 +117,18 @@ ODD = {
         lambda s, x: s.d(torch.cat([y := torch.cat([x, relu(s.a(x))], 1), relu(s.b(y))], 1).flatten(1)),
         a=conv(1, 2), b=conv(3, 2), d=nn.Linear(5 * 64, 2),
     ),
+    "a sum that broadcasts": random_net(
+        lambda s, x: s.d(relu(s.b(y := torch.tanh(s.a(x))) + s.c(y).mean((2, 3), keepdim=True)).flatten(1)),
+        a=conv(1, 2), b=conv(2, 2), c=conv(2, 2), d=nn.Linear(128, 2),
+    ),
+    "operations in front of the first layer": random_net(
+        lambda s, x: s.d(relu(s.l(torch.tanh(nn.functional.avg_pool2d(x, 2)).flatten(1)))),
+        l=nn.Linear(16, 3), d=nn.Linear(3, 2),
+    ),
+    "the image, flattened and not": random_net(
+        lambda s, x: s.d(torch.cat([relu(s.a(y := relu(x))).mean((2, 3)), relu(s.l(y.flatten(1)))], 1)),
+        a=conv(1, 2), l=nn.Linear(64, 3, bias=False), d=nn.Linear(5, 2),
+    ),
     "constants near 0": random_net(
         lambda s, x: s.d(relu(s.c(relu(s.n(s.a(x)))))),
         a=conv(1, 2, bias=False), n=nn.BatchNorm2d(2), c=conv(2, 2), d=conv(2, 2),
@@ -191,6 +205,82 @@ def test_swapped_batch_norms_and_skips_from_copies_are_found():
         replace(n, inputs=(n.inputs[0], "b.copies.phi")) if n.op == "add" else n for n in honest.graph
     )  # fmt: skip
     assert not verify(replace(honest, layers=tuple(layers), slots=slots, graph=graph), trace(model)).ok
+
+
+def test_a_pair_is_judged_by_what_its_own_copies_read():
+    """Copies of an image of both signs need subsets of either sign, whatever is copied in between."""
+    model = random_net(
+        lambda s, x: s.d(relu(s.a(x) + s.b(relu(s.c(x)))).flatten(1)),
+        **{name: conv(1, 1, 1, bias=False) for name in "cab"}, d=nn.Linear(16, 2),
+    )  # fmt: skip
+    wanted, m, epsilon = {"c": 0.7, "a": -0.8, "b": 0.1}, 28, 0.01
+    with torch.no_grad():
+        for name, weight in wanted.items():
+            getattr(model, name).weight.fill_(weight)
+    graph = trace(model)
+    shapes = {"c.copies": (m, 1), "c": (1, m), "a.copies": (m, 1), "b.copies": (m, 1), "a": (1, m), "b": (1, m)}
+    layers = {
+        name: SourceLayer(name, n, "conv", (*shape, 1, 1), 1, bias=n == 0, target=name[0],
+                          role="copies" if "." in name else "pair")
+        for n, (name, shape) in enumerate(shapes.items())
+    }  # fmt: skip
+
+    def forged(both_signs):
+        masks, slots = {}, {}
+        for name, weight in wanted.items():
+            zeros, every = torch.zeros(m, dtype=torch.int64), torch.arange(m)
+            entries = source.weights(layers[f"{name}.copies"], 0, every, zeros).double()
+            products = entries * source.weights(layers[name], 0, zeros, every).double()
+            kept = []
+            for sign in (1, -1) if name in both_signs else (1,):
+                some = (entries * sign > 0).nonzero().flatten().tolist()
+                sets = (s for size in range(1, 6) for s in itertools.combinations(some, size))
+                kept += next(s for s in sets if abs(float(products[list(s)].sum()) - weight) < epsilon / 2)
+            masks[name] = masks[f"{name}.copies"] = torch.tensor(sorted(kept))
+            slots[name] = torch.zeros(1, dtype=torch.int64)
+            slots[f"{name}.copies"] = torch.full((m,), DEAD).index_fill_(0, masks[name], 0)
+
+        def node(name, op, *inputs, **attributes):
+            return TicketNode(name, op, inputs, attributes)
+
+        def phi(name, before):
+            return node(name, "activation", before, function="relu")
+
+        first, second = (n.name for n in graph.nodes if n.activation is not None)
+        nodes = (
+            node("input", "input"),
+            node("c.copies", "layer", "input", layer="c.copies"), phi("c.phi", "c.copies"),
+            node("c", "layer", "c.phi", layer="c"), phi(first, "c"),
+            node("a.copies", "layer", "input", layer="a.copies"),
+            node("b.copies", "layer", first, layer="b.copies"),
+            phi("a.phi", "a.copies"), node("a", "layer", "a.phi", layer="a"),
+            phi("b.phi", "b.copies"), node("b", "layer", "b.phi", layer="b"),
+            node("add", "add", "a", "b"), phi(second, "add"), node("flatten", "flatten", second),
+            node("d", "given", "flatten", target="d", taps=16), node("output", "output", "d", rows=[0, 1]),
+        )  # fmt: skip
+        return Ticket(
+            seed=0, law="uniform", construction="2L", base_set_size=15, epsilon=epsilon, selection="smallest",
+            activation="relu", target_sha256=graph.digest(), input_low=-1.0, input_high=1.0,
+            layers=tuple(layers.values()), graph=nodes, masks=masks, bias_masks={}, slots=slots,
+            given={"d.weight": model.d.weight.detach(), "d.bias": model.d.bias.detach()},
+        )  # fmt: skip
+
+    x = images(8, 4)
+    honest = forged(both_signs="ca")
+    assert verify(honest, graph).violations == ()
+    assert float(deviation(model, honest, x).abs().max()) < 0.1
+    wrong = forged(both_signs="c")
+    assert not verify(wrong, graph).ok
+    assert float(deviation(model, wrong, x).abs().max()) > 0.1
+
+
+def test_a_head_that_reads_the_image_is_not_kept():
+    model = random_net(
+        lambda s, x: s.d(torch.cat([relu(s.a(x)).mean((2, 3)), x.mean((2, 3))], 1)), a=conv(1, 2), d=nn.Linear(3, 2)
+    )
+    with pytest.raises(LtxError, match=r"the head 'd\[1\]' reads the image itself; use head='construct'"):
+        construct(model)
+    assert verify(construct(model, head="construct"), model).ok
 
 
 def test_a_sigma_that_is_too_large_is_found_behind_layers_without_activation():

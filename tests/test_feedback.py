@@ -260,6 +260,28 @@ def test_with_a_bound_every_parameter_is_within_it(construction):
     assert "more than 0.02" in verify(tighter, trace(model)).violations[0]
 
 
+def test_errors_of_rows_that_hardly_vary():
+    """They are those of float32, of the size of the values and not of their spread."""
+    model, shown = small_cnn("tanh"), images(32)
+    with torch.no_grad():
+        model[0].weight.mul_(1e-5)
+        model[0].bias.fill_(0.9)
+    ticket = construct(model, base_set_size=15, selection="feedback", calibration=shown, feedback=FEW)
+    assert verify(ticket, model, shown).violations == ()
+
+
+@pytest.mark.parametrize("activation", ["elu", "gelu", "silu", "softplus"])
+def test_pairs_of_smooth_activations_need_a_bound(activation):
+    """Without one on the parameters there is none on the inputs of the next layer."""
+    model = small_cnn(activation)
+    how = {"construction": "2L", "base_set_size": 20, "scaling": "layer_max", "selection": "feedback",
+           "calibration": images(32)}  # fmt: skip
+    with pytest.raises(LtxError, match=r"inputs have no known bound.*feedback\.bound"):
+        construct(model, feedback=FEW, **how)
+    ticket = construct(model, feedback=replace(FEW, bound=0.05), **how)
+    assert verify(ticket, model, images(32)).ok
+
+
 @both
 def test_a_ticket_is_a_function_of_seed_and_images(construction, tmp_path):
     model, shown = small_cnn("sigmoid"), images(64)

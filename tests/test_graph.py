@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import small_cnn
+from conftest import images, small_cnn
+from test_dags import random_net
 from torch import nn
 
 from ltx.errors import ConstructionError
-from ltx.graph import trace
+from ltx.graph import run, trace
 
 
 def test_parameters_in_force_are_masked():
@@ -52,6 +53,28 @@ def test_functions_modules_and_dropout_give_one_graph():
     assert [n.op for n in trace(modules).nodes] == [n.op for n in nodes]
 
 
+@pytest.mark.parametrize(
+    "pooled",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: x.mean([-1, -2]),
+        lambda x: torch.mean(x, dim=(2, 3)),
+        lambda x: torch.mean(input=x, dim=(2, 3), keepdim=True).flatten(1),
+        lambda x: x.mean((2, 3), True).flatten(1),
+        lambda x: nn.functional.avg_pool2d(x, 6).view(x.size(0), -1),
+        lambda x: nn.functional.avg_pool2d(x, kernel_size=(6, 6), stride=2).flatten(1),
+        lambda x: nn.functional.adaptive_avg_pool2d(x, 1).flatten(1),
+    ],
+)
+def test_all_spellings_of_an_average_over_the_image(pooled):
+    model = random_net(lambda s, x: s.d(pooled(torch.relu(s.a(x)))), a=nn.Conv2d(1, 2, 3), d=nn.Linear(2, 2))
+    graph, x = trace(model), images(4, 8)
+    *_, (_, value) = run(graph, x)
+    with torch.no_grad():
+        torch.testing.assert_close(value, model(x))
+    assert graph.head == ("d",)
+
+
 class Branch(nn.Module):
     def __init__(self):
         super().__init__()
@@ -88,6 +111,8 @@ class Two(nn.Module):
         (nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False)), "without running statistics"),
         (nn.Sequential(nn.AvgPool2d(2, padding=1)), "module '0' .AvgPool2d.: ceil_mode, padding"),
         (nn.Sequential(nn.Flatten(2)), "start_dim=1"),
+        (random_net(lambda s, x: s.a(x).mean(), a=nn.Conv2d(1, 1, 3)), "module 'mean' .mean.: only over height and"),
+        (random_net(lambda s, x: s.a(x.mean(1)), a=nn.Conv2d(1, 1, 3)), "only over height and width"),
         (nn.Sequential(nn.MaxPool2d(2, dilation=2)), "return_indices and dilation are not supported"),
     ],
 )

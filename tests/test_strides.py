@@ -146,6 +146,25 @@ def test_what_reads_other_pixels_is_found(entry):
     assert not verify(wrong, graph).ok
 
 
+def test_constants_behind_padding_everywhere_are_found():
+    """A certificate gives a constant to a tap of the target that sees no zero padding; there must be one."""
+
+    def padded(by):
+        model = random_net(
+            lambda s, x: s.d(torch.relu(s.a(x)).flatten(1)), a=nn.Conv2d(1, 2, 1, padding=by), d=nn.Linear(72, 2)
+        )
+        with torch.no_grad():
+            model.a.bias.copy_(torch.tensor([0.8, 0.5]))
+        return model
+
+    with pytest.raises(ConstructionError, match="layer a: every tap of its kernel"):
+        construct(padded(1), construction="2L")
+    graph, ticket = trace(padded(1)), construct(padded(0), construction="2L", base_set_size=20)
+    layers = tuple(replace(n, padding=(1, 1)) if n.name == "a.copies" else n for n in ticket.layers)
+    wrong = verify(replace(ticket, target_sha256=graph.digest(), layers=layers), graph)
+    assert "every tap of the target's layer sees the zero padding" in wrong.violations[0]
+
+
 def test_the_theorem_counts_positions():
     """Appendix E: s times the width, in either dimension."""
     graph = trace(strided("tanh"))

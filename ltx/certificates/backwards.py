@@ -60,7 +60,8 @@ class Backwards:
         if node.op == "input":
             return  # the image itself, which is not off
         if node.op == "flatten":
-            self._follow(self.off, node.inputs[0], form)
+            before = walk.slots[node.inputs[0]].off.low
+            self._follow(self.off, node.inputs[0], form.view(len(form), *before.shape))
             return
         there = mine.labels >= 0  # the others' values are known
         self._known(form[:, ~there], mine.off[~there])
@@ -87,8 +88,9 @@ class Backwards:
             self._follow(self.off, node.inputs[0], form * scale, before.off)
             self._channels_of(before, form * apart)
         elif node.op == "add":
-            for name in node.inputs:
-                self._follow(self.off, name, form)
+            for name in node.inputs:  # of which one may be broadcast
+                off = walk.slots[name].off
+                self._follow(self.off, name, form.sum_to_size(len(form), *off.low.shape), off)
         elif node.op in operations.AVERAGES:
             self._follow(
                 self.off,
@@ -167,7 +169,8 @@ class Backwards:
             self._follow(self.theirs, name, form * scale, before)
         elif node.op == "add":
             for name in node.inputs:
-                self._follow(self.theirs, name, form)
+                summand = walk.channels[name]
+                self._follow(self.theirs, name, form.sum_to_size(len(form), *summand.low.shape), summand)
         elif node.op in operations.AVERAGES:
             self._follow(
                 self.theirs,

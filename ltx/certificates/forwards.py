@@ -33,6 +33,7 @@ class Slots:
     labels: Tensor  # (C,) the target's channel, negative for none
     off: Interval  # slot - channel
     own: Interval  # slot
+    image: bool = False  # no layer in front, so that they are the target's channels
     copies: Copies | None = None
     linear: Linear | None = None  # in the image, where they are
 
@@ -77,7 +78,7 @@ class Forwards:
             if node.name in self.known:
                 found = replace(found, off=found.off.within(self.known[node.name]))
             self.slots[node.name] = found
-            if node.op == "activation" and found.copies is None:
+            if node.op == "activation" and found.copies is None and not found.image:
                 mine = read[node.name][found.labels[read[node.name]] >= 0]
                 if len(mine):
                     off, span = found.off[mine].magnitude, self.channels[found.target].width
@@ -91,17 +92,16 @@ class Forwards:
     def _node(self, node: TicketNode, inside: list[Slots]) -> Slots:
         if node.op == "input":
             box = self.channels["input"]
-            return Slots("input", torch.arange(len(box.low)), Interval.exactly(torch.zeros_like(box.low)), box)
+            every = torch.arange(len(box.low))
+            return Slots("input", every, Interval.exactly(torch.zeros_like(box.low)), box, image=True)
         before = inside[0]
         if node.op == "output":
             rows = torch.tensor(node.attributes["rows"], dtype=torch.int64)
             return replace(before, off=before.off[rows].map(torch.flatten))
         if node.op == "flatten":
-            if (
-                before.target == "input" and before.copies is None
-            ):  # whose elements a linear layer reads as channels of their own
-                every = torch.arange(before.own.low.numel())
-                return Slots("input", every, before.off.map(torch.flatten), before.own.map(torch.flatten))
+            if before.image:  # its elements are channels of their own to the linear layer that reads them
+                off, own = (part.map(torch.flatten) for part in (before.off, before.own))
+                return replace(before, labels=torch.arange(len(own.low)), off=off, own=own)
             return before  # its channels keep their taps beside them
         if node.op == "layer":
             layer = self.ticket.layer(node.attributes["layer"])
@@ -134,7 +134,8 @@ class Forwards:
             off = Interval(-least, off.maximum(node.attributes).high).within(own - theirs)
         else:
             off, own = (part.average(node.op, node.attributes) for part in (off, own))
-        return Slots(node.name, labels, off.where(labels >= 0, own), own)
+        image = all(slots.image for slots in inside)
+        return Slots(node.name, labels, off.where(labels >= 0, own), own, image=image)
 
     def slopes(self, node: TicketNode, before: Slots) -> Interval:
         """Of an activation between what a slot and its channel can be."""
@@ -218,8 +219,7 @@ class Forwards:
         read = taps_read(copies.layer, layer, target)
         assert isinstance(read, Tensor)  # of a ticket that is in order
         found = read[copies.tap[channel], tap]
-        inner = without_padding(replace(layer, shape=(0, 0, *target.weight.shape[2:]), padding=target.padding,
-                                        dilation=target.dilation)).nonzero().flatten()  # fmt: skip
+        inner = without_padding(target).nonzero().flatten()  # empty where no constant may be read
         return torch.where(copies.column[channel] < 0, inner[:1].sum(), found)
 
     def parts(self, rows: Rows, before: Slots) -> Iterator[Part]:

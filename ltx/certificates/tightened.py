@@ -41,6 +41,8 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
         if node.op != "activation" or walk.slots[node.name].copies is not None or name in known:
             continue
         slots = walk.slots[name]
+        if slots.image:
+            continue
         border = _reach(target, slots.target)
         live = read[name][slots.labels[read[name]] >= 0]
         if not len(live) or border is None or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:

@@ -142,6 +142,9 @@ class _Walk:
         if all(name in self.kept for name in graph.layers):
             raise ConstructionError("the network has no layer besides its head; use head='construct'")
         self.layout = layout(graph, builder.plan.epsilon, kept=self.kept)
+        for name in self.kept:
+            if not self.layout.writers[self.layout.stream[graph[name].inputs[0]]]:
+                raise ConstructionError(f"the head '{name}' reads the image itself; use head='construct'")
         self.streams = {
             name: Stream(len(graph.layers[layers[0]].weight)) for name, layers in self.layout.writers.items() if layers
         }
@@ -239,7 +242,8 @@ class _Walk:
                 raise ConstructionError(f"batch norm '{node.name}' normalises flattened images; flatten behind it")
             how = self.layout.constants.get(self.layout.stream[node.name])
             name = builder.add_batch_norm(node.name, place, norm, constant=how.norm if how else 0)
-            bound = float((norm.scale.abs() * place.bound + norm.shift.abs()).nan_to_num(nan=math.inf).max())
+            bound = norm.scale.abs() * place.bound + norm.shift.abs()
+            bound = float(bound.nan_to_num(nan=math.inf, posinf=math.inf).max())
             return replace(place, node=name, bound=bound, nonnegative=False)
         if node.op == "add":
             one, other = inputs

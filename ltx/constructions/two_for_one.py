@@ -109,6 +109,7 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
     if not phi.exact and not np.isfinite(place.bound):
         raise ConstructionError(
             f"layer {name}: its inputs have no known bound, which {phi.name} needs to be nearly linear on them"
+            + ("; give every parameter one (feedback.bound)" if math.isinf(plan.within) else "")
         )
     sigma = linear_scale(phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale)
     if not sigma >= SMALLEST_SIGMA:

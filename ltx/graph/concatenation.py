@@ -112,6 +112,9 @@ def _part(nodes: Mapping[str, Node], name: str, cat: str) -> _Part:
     while node.layer is None and node.inputs:
         flat = flat or node.op == "flatten"
         averaged = averaged or (node.op == "avg_pool" and node.attributes["kernel_size"] is None)
+        before = [_origin(nodes, other) for other in node.inputs]
+        if len({origin.layer is None for origin in before}) > 1:
+            raise ConstructionError(f"node '{node.name}' adds the image itself; put a layer in between")
         node = nodes[node.inputs[0]]
     vector = averaged or (node.layer is not None and node.layer.kind == "linear")
     if flat and not vector:
@@ -125,7 +128,12 @@ def _part(nodes: Mapping[str, Node], name: str, cat: str) -> _Part:
 
 
 def _of_the_image(nodes: Mapping[str, Node], name: str) -> bool:
+    return _origin(nodes, name).op == "input"
+
+
+def _origin(nodes: Mapping[str, Node], name: str) -> Node:
+    """The layer, concatenation or input whose channels a node has."""
     node = nodes[name]
     while node.layer is None and node.op not in ("input", CONCATENATION):
         node = nodes[node.inputs[0]]
-    return node.op == "input"
+    return node

@@ -45,6 +45,7 @@ def trace(model: nn.Module) -> Graph:
     memory: dict[str, str] = {}  # node -> the node whose tensor it is a view of
     overwritten: dict[str, str] = {}  # node -> what has changed its tensor in place
     sizes: set[fx.Node] = set()  # numbers, of which a view tells how it flattens
+    _write_out_means(traced)
     for fx_node in traced.nodes:
         if _is_size(fx_node, sizes):
             sizes.add(fx_node)
@@ -72,6 +73,23 @@ def trace(model: nn.Module) -> Graph:
     if len(inputs) != 1:
         raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
     return Graph(tuple(take_apart(_leading_to_the_output(nodes))))
+
+
+def _write_out_means(traced: fx.Graph) -> None:
+    """Write means over height and width as an average pooling, flattened unless they keep the dimensions."""
+    for node in traced.nodes:
+        if node.target not in ("mean", torch.mean):
+            continue
+        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
+        dims = given.get("dim", given.get("axis"))
+        if not isinstance(dims, tuple | list) or sorted(d % 4 for d in dims) != [2, 3] or "dtype" in given:
+            raise _refuse(node.name, "mean", "only over height and width, dimensions 2 and 3, of images")
+        with traced.inserting_before(node):
+            mean = traced.call_function(nn.functional.adaptive_avg_pool2d, (given["input"], 1))
+            if not given.get("keepdim"):
+                mean = traced.call_function(torch.flatten, (mean, 1))
+        node.replace_all_uses_with(mean)
+        traced.erase_node(node)
 
 
 def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
@@ -140,11 +158,7 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return _average(name, inputs, module.output_size)
     if isinstance(module, nn.AvgPool2d):
-        if module.ceil_mode or _pair(module.padding) != (0, 0) or module.divisor_override:
-            raise _refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
-        size = _pair(module.kernel_size)
-        attributes = {"kernel_size": size, "stride": _pair(module.stride or size)}
-        return Node(name, "avg_pool", inputs, attributes=attributes)
+        return _avg_pool(name, inputs, vars(module))
     if isinstance(module, nn.MaxPool2d):
         if module.return_indices or _pair(module.dilation) != (1, 1):
             raise _refuse(name, "MaxPool2d", "return_indices and dilation are not supported")
@@ -190,6 +204,9 @@ def _convert_function(node: fx.Node, inputs: tuple[str, ...], sizes: set[fx.Node
             node.name, inputs, given["kernel_size"], given.get("stride"), given.get("padding", 0),
             bool(given.get("ceil_mode", False)),
         )  # fmt: skip
+    if node.target is nn.functional.avg_pool2d:
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        return _avg_pool(node.name, inputs, dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs))
     if node.target in _FUNCTIONS:
         family = _FUNCTIONS[node.target]  # type: ignore[index]
         values = dict(zip(family.parameters, node.args[1:], strict=False)) | {
@@ -224,6 +241,14 @@ def _max_pool(name: str, inputs: tuple[str, ...], kernel, stride, padding, ceil_
     size = _pair(kernel)
     attributes = {"kernel_size": size, "stride": _pair(stride or size), "padding": _pair(padding)}
     return Node(name, "max_pool", inputs, attributes=attributes | ({"ceil_mode": True} if ceil_mode else {}))
+
+
+def _avg_pool(name: str, inputs: tuple[str, ...], given: Mapping) -> Node:
+    if given.get("ceil_mode") or _pair(given.get("padding", 0)) != (0, 0) or given.get("divisor_override"):
+        raise _refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
+    size = _pair(given["kernel_size"])
+    attributes = {"kernel_size": size, "stride": _pair(given.get("stride") or size)}
+    return Node(name, "avg_pool", inputs, attributes=attributes)
 
 
 def _average(name: str, inputs: tuple[str, ...], size) -> Node:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltx.errors import ConstructionError
-from ltx.graph import Graph, fold_batch_norm
+from ltx.graph import Graph, fold_batch_norm, trace
 from ltx.ticket import Ticket
 from ltx.verification.approximation import Approximation
 from ltx.verification.rows import Rows
@@ -37,13 +37,19 @@ class Verification:
         return not self.violations
 
 
-def verify(ticket: Ticket, target: Graph | None = None, calibration: Tensor | None = None) -> Verification:
-    """Verify a ticket, against its source alone or with its target's graph too.
+def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration: Tensor | None = None) -> Verification:
+    """Verify a ticket, against its source alone or with its target too.
 
     Args:
+        target: the network that the ticket was made for, or its graph.
         calibration: the images (n, C, H, W) that a ticket with `selection=feedback` was made with. Without a bound its
             parameters are not within epsilon of the target's: what it claims is the error of its rows on these images.
+
+    Raises:
+        ConstructionError: a target that cannot be traced.
     """
+    if isinstance(target, nn.Module):
+        target = trace(target)
     violations = list(structure(ticket))
     if target is None or violations:
         return Verification(tuple(violations), 0, float("nan"))

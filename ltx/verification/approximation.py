@@ -120,7 +120,7 @@ class Approximation:
         self.labels[node.name] = labels
         self.constants[node.name] = self.constants[before] * scale.double() + shift.double()
         reach = max(map(abs, self.range[before]))
-        high = float((norm.scale.abs() * reach + norm.shift.abs()).nan_to_num(nan=math.inf).max())
+        high = float((norm.scale.abs() * reach + norm.shift.abs()).nan_to_num(nan=math.inf, posinf=math.inf).max())
         self.range[node.name] = -high, high
 
     def _layer(self, node: TicketNode) -> Iterator[str]:
@@ -187,6 +187,8 @@ class Approximation:
         # a constant channel is one only where no output position reads the zero padding through this tap
         for row in rows[constant & ~without_padding(layer)[tap]][:1].tolist():
             yield f"layer {layer.name}: row {row} reads a constant through a tap that sees the zero padding"
+        if constant.any() and not without_padding(target).any():
+            yield f"layer {layer.name}: reads a constant, and every tap of the target's layer sees the zero padding"
         taps = math.prod(target.weight.shape[2:]) if layer.kind == "conv" else layer.taps
         read = self._taps(node, layer, target, channel, tap)
         for row in rows[read < 0][:1].tolist():

@@ -65,12 +65,14 @@ def _line(
     return torch.where(good, k, -1)
 
 
-def without_padding(layer: SourceLayer) -> Tensor:
-    """Which taps of a layer never read its zero padding, (K,) bool."""
+def without_padding(layer: SourceLayer | Layer) -> Tensor:
+    """Which taps of a layer never read its zero padding, (K,) bool; of a target's linear layer one for all."""
+    source = isinstance(layer, SourceLayer)
     if layer.kind == "linear":
-        return torch.ones(layer.taps, dtype=torch.bool)
+        return torch.ones(layer.taps if source else 1, dtype=torch.bool)
+    kernel = (layer.shape if source else layer.weight.shape)[2:]
     inside = []
-    for size, padding, dilation in zip(layer.shape[2:], layer.padding, layer.dilation, strict=True):
+    for size, padding, dilation in zip(kernel, layer.padding, layer.dilation, strict=True):
         at = torch.arange(size) * dilation
         inside.append((at >= padding) & (at <= dilation * (size - 1) - padding))
     return (inside[0][:, None] & inside[1]).flatten()
