@@ -123,9 +123,19 @@ def _module(ticket: Ticket, node: TicketNode) -> nn.Module:
         module: nn.Module = nn.Linear(weight.shape[1], len(weight))
         module.load_state_dict({"weight": weight, "bias": bias})
         return module
-    module = nn.BatchNorm2d(len(weight), eps=0.0)  # statistics of 0 and 1: what is left is scale and shift
+    kind = nn.BatchNorm1d if _flat(ticket, node) else nn.BatchNorm2d
+    module = kind(len(weight), eps=0.0)  # statistics of 0 and 1: what is left is scale and shift
     module.load_state_dict({"weight": weight, "bias": bias}, strict=False)
     return module
+
+
+def _flat(ticket: Ticket, node: TicketNode) -> bool:
+    """Whether a node's outputs are vectors, not images."""
+    nodes = {other.name: other for other in ticket.graph}
+    while node.op not in ("layer", "flatten", "given", "input"):
+        node = nodes[node.inputs[0]]
+    linear = node.op == "layer" and ticket.layer(node.attributes["layer"]).kind == "linear"
+    return linear or node.op in ("flatten", "given")
 
 
 def _pruned(ticket: Ticket, layer: SourceLayer) -> nn.Module:

@@ -153,7 +153,8 @@ def test_refusals():
         (sequential(nn.Flatten(), broken), "weight has NaN"),
         (Twice(), "used twice"),
         (sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(-0.5)), "must not be negative"),
-        (sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 2)), "flatten them first"),
+        (sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Linear(4, 2)), "nn.Flatten.. in front"),
+        (sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "layer 0: .*nn.Flatten.. in front"),
     ):
         with pytest.raises(ConstructionError, match=message):
             construct(model, head="construct")

@@ -18,6 +18,8 @@ CASES = [
     (lambda: nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.ELU(0.5), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((1, 2)),
         nn.Flatten(), nn.Linear(4, 3)).eval(), 11, {}),
+    (lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(9, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).eval(), 3, {}),
 ]  # fmt: skip
 cases = pytest.mark.parametrize(("make", "size", "how"), CASES)
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])

@@ -75,6 +75,55 @@ def test_all_spellings_of_an_average_over_the_image(pooled):
     assert graph.head == ("d",)
 
 
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: x.view(-1, 72),
+        lambda x: x.reshape(x.size(0), 72),
+        lambda x: torch.relu(x.view(x.shape[0], 72)),
+        lambda x: torch.reshape(x, (-1, 72)),
+        lambda x: x.reshape(shape=(x.size(0), -1)),
+    ],
+)
+def test_a_view_of_the_width_that_a_linear_layer_reads_flattens(flat):
+    model = random_net(lambda s, x: s.d(flat(s.a(x))), a=nn.Conv2d(1, 2, 3), d=nn.Linear(72, 2))
+    graph, x = trace(model), images(4, 8)
+    assert "flatten" in [node.op for node in graph.nodes]
+    *_, (_, value) = run(graph, x)
+    with torch.no_grad():
+        torch.testing.assert_close(value, model(x))
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: x.view(-1, 36),
+        lambda x: x.view(-1, 2, 36),
+        lambda x: x.view(4, 72),
+        lambda x: x.view(x.size(1), -1),
+        lambda x: x.view(x.shape[-1], 72),
+    ],
+)
+def test_other_views_are_refused(flat):
+    model = random_net(lambda s, x: s.d(flat(s.a(x))), a=nn.Conv2d(1, 2, 3), d=nn.Linear(72, 2))
+    with pytest.raises(ConstructionError, match=r"view.*keeps one row per image"):
+        trace(model)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Softmax(1)),
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.LogSoftmax(1)),
+        random_net(lambda s, x: nn.functional.log_softmax(s.d(x.flatten(1)), 1), d=nn.Linear(4, 2)),
+        random_net(lambda s, x: s.d(x.flatten(1)).softmax(1), d=nn.Linear(4, 2)),
+    ],
+)
+def test_a_softmax_at_the_end_is_refused_with_what_to_do(model):
+    with pytest.raises(ConstructionError, match="let the network return what is in front of it"):
+        trace(model)
+
+
 class Branch(nn.Module):
     def __init__(self):
         super().__init__()

@@ -266,8 +266,8 @@ class _Walk:
     def _layer(self, node: Node, place: Place, beside: Mapping[str, str]) -> Place:
         target = node.layer
         assert target is not None
-        if target.kind == "linear" and place.stream is not None and not (place.vector or place.flat):
-            raise ConstructionError(f"layer {node.name}: a linear layer on images; flatten them first")
+        if target.kind == "linear" and not (place.vector or place.flat):
+            raise ConstructionError(f"layer {node.name}: a linear layer on images; put nn.Flatten() in front of it")
         name, bound = node.name, math.inf
         stream = self.streams[self.layout.stream[name]]
         if name in self.kept:

@@ -54,7 +54,7 @@ def trace(model: nn.Module) -> Graph:
         for name in inputs:
             if memory[name] in overwritten:
                 raise _refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
-        node = _convert(model, fx_node, inputs, sizes)
+        node = _convert(model, fx_node, inputs)
         if _in_place(model, fx_node):
             overwritten[memory[inputs[0]]] = fx_node.name
         if node is None:
@@ -93,7 +93,7 @@ def _write_out_means(traced: fx.Graph) -> None:
 
 
 def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
-    """Whether it is x.size(0), x.shape or x.shape[0]."""
+    """Whether it is x.size(...), x.shape or an entry of one."""
     if node.op == "call_method" and node.target == "size":
         return True
     if node.op == "call_function" and node.target is getattr:
@@ -126,7 +126,7 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return direct if len(direct) > len(node.all_input_nodes) else node.all_input_nodes
 
 
-def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...], sizes: set[fx.Node]) -> Node | None:
+def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node | None:
     if node.op == "placeholder":
         return Node("input", "input")
     if node.op == "output":
@@ -138,7 +138,7 @@ def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...], sizes: se
         name = str(node.target)
         return _convert_module(name, model.get_submodule(name), inputs)
     if node.op in ("call_function", "call_method"):
-        return _convert_function(node, inputs, sizes)
+        return _convert_function(model, node, inputs)
     raise _refuse(node.name, str(node.target), "parameters used outside a layer are not supported")
 
 
@@ -167,6 +167,8 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
         if type(module) is family.module:
             values = {parameter: getattr(module, parameter) for parameter in family.parameters}
             return Node(name, "activation", inputs, activation=_activation(name, family, values))
+    if isinstance(module, nn.Softmax | nn.LogSoftmax):
+        raise _refuse(name, type(module).__name__, _LEAVE_OUT)
     known = "Conv2d, Linear, BatchNorm2d, Flatten, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, " + ", ".join(
         family.module.__name__ for family in FAMILIES.values()
     )
@@ -174,6 +176,7 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
 
 
 _ABSENT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+_LEAVE_OUT = "not supported; let the network return what is in front of it, the classes are the same"
 _DROPOUTS = (nn.functional.dropout, nn.functional.dropout2d, nn.functional.alpha_dropout)
 
 _FUNCTIONS = {
@@ -184,17 +187,21 @@ _FUNCTIONS = {
 }
 
 
-def _convert_function(node: fx.Node, inputs: tuple[str, ...], sizes: set[fx.Node]) -> Node | None:
+def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node | None:
     if node.target in _DROPOUTS:
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
         if training:
             raise _refuse(node.name, "dropout", "is at work in eval mode too; pass training=self.training")
         return None
     if node.target in ("view", "reshape", torch.reshape):
-        shape = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        if len(shape) == 2 and shape[0] in sizes and shape[1] == -1:
+        shape = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size", ())),)
+        shape = shape[0] if isinstance(shape[0], tuple | list) else shape
+        if len(shape) == 2 and _is_batch_size(shape[0]) and shape[1] == -1:
             return Node(node.name, "flatten", inputs)
-        raise _refuse(node.name, "view", "only view(x.size(0), -1), which flattens, keeps one row per image")
+        if len(shape) == 2 and (_is_batch_size(shape[0]) or shape[0] == -1) and _widths_read(model, node) == [shape[1]]:
+            return Node(node.name, "flatten", inputs)  # of an image of another size the Linear layer complains
+        why = "only view(x.size(0), -1), or view(-1, N) in front of Linear(N, ...), keeps one row per image"
+        raise _refuse(node.name, "view", why)
     if node.target in (nn.functional.max_pool2d, torch.max_pool2d):
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
@@ -231,7 +238,25 @@ def _convert_function(node: fx.Node, inputs: tuple[str, ...], sizes: set[fx.Node
         size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
         return _average(node.name, inputs, size)
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    raise _refuse(node.name, str(what), "not supported")
+    raise _refuse(node.name, str(what), _LEAVE_OUT if str(what) in ("softmax", "log_softmax") else "not supported")
+
+
+def _is_batch_size(value: object) -> bool:
+    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.target == "size":
+        return (value.args[1:] or tuple(value.kwargs.values())) == (0,)
+    return value.target is operator.getitem and bool(value.args[1] == 0)
+
+
+def _widths_read(model: nn.Module, node: fx.Node) -> list[int]:
+    """The different `in_features` of the Linear layers that read a tensor, directly or behind other operations."""
+    found: set[int] = set()
+    for user in node.users:
+        module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
+        found.update([module.in_features] if isinstance(module, nn.Linear) else _widths_read(model, user))
+    return sorted(found)
 
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
