@@ -170,6 +170,19 @@ def test_refusals_name_module_and_reason(model, message):
         trace(model)
 
 
+def test_wrappers_are_looked_through():
+    model = small_cnn("relu")
+    digest = trace(model).digest()
+    assert trace(torch.compile(model)).digest() == digest
+    assert trace(nn.DataParallel(model)).digest() == digest
+
+
+@pytest.mark.parametrize("no_network", [{}, nn.ReLU, 3])
+def test_what_is_no_network(no_network):
+    with pytest.raises(ConstructionError, match=r"is no torch\.nn\.Module; give the network itself"):
+        trace(no_network)
+
+
 def test_head_must_be_linear():
     graph = trace(nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU()))
     with pytest.raises(ConstructionError, match="no head to keep"):

@@ -18,6 +18,9 @@ from ltx.graph.nodes import BatchNorm, Graph, Layer, Node
 from ltx.targets.masked import Masked
 
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 class _Tracer(fx.Tracer):
     """Layers are leaves, whatever module their class was defined in."""
 
@@ -28,9 +31,15 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> Graph:
     """The graph of `model` in eval mode; concatenations are taken apart.
 
+    What torch.compile or DataParallel has wrapped is traced without.
+
     Raises:
         ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason.
     """
+    model = getattr(model, "_orig_mod", model)
+    model = model.module if isinstance(model, _PARALLEL) else model
+    if not isinstance(model, nn.Module):
+        raise ConstructionError(f"a {type(model).__name__} is no torch.nn.Module; give the network itself")
     try:
         with eval_mode(model):
             traced = _Tracer().trace(model)

@@ -23,7 +23,7 @@ from ltx.files import write_json
 from ltx.graph import Graph, fold_batch_norm
 from ltx.report import certificate as report
 from ltx.report.figures import save
-from ltx.tasks import provenance
+from ltx.tasks import provenance, targets_at
 from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, some_images
 from ltx.ticket import Ticket
 from ltx.verification import verify
@@ -45,9 +45,10 @@ def run(settings: Settings) -> Path:
             f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; give it with "
             "target.checkpoint=FILE"
         )
-    wrong = verify(ticket, target.graph).violations
-    if wrong:
-        raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
+    targets_at.require_images(target)
+    wrong = (*verify(ticket, target.graph).violations, targets_at.unfit_range(ticket, target))[0]
+    if wrong is not None:
+        raise LtxError(f"ticket {path} is not valid: {wrong}; construct it again with force=true")
     device = settings.torch_device
     images = some_images(settings, target.data, device)
     folded = not any(node.op == "batch_norm" for node in ticket.graph)

@@ -40,6 +40,7 @@ def run(settings: Settings) -> Path:
     statistics: list[Statistics] = []
     feedback = {}
     if settings.selection.value == "feedback":
+        targets_at.require_images(target)
         feedback = {
             "feedback": settings.feedback.plain,
             "calibration": calibration.images(

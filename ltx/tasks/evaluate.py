@@ -103,6 +103,7 @@ def _explicit(
             f"{settings.output_dir} nor kept with the code; give it with target.checkpoint=FILE"
         )
     verification = verify(ticket, target.graph)
+    targets_at.require_images(target)
     wrong = (*verification.violations, targets_at.unfit_range(ticket, target))[0]
     if wrong is not None:
         raise LtxError(f"ticket {path} is not valid: {wrong}; construct it again with force=true")
@@ -200,7 +201,10 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
     target = targets_at.load(settings)
     path = paths.ticket_file(settings, target.digest)
     if not path.is_file():
-        raise LtxError(f"no ticket at {path}; make it with ltx construct and the same settings")
+        drawn = settings.target.module and not settings.target.checkpoint
+        why = " (where the factory of target.module draws at random, its parameters are other ones each time: give "
+        why = why + "target.checkpoint, or seed it)" if drawn else ""
+        raise LtxError(f"no ticket at {path}; make it with ltx construct and the same settings{why}")
     return path, Ticket.load(path), target
 
 

@@ -7,11 +7,13 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ltx import data, paths, targets, training
 from ltx.config import Settings
 from ltx.errors import CheckpointError, LtxError
+from ltx.evaluation import outputs
 from ltx.graph import Graph, trace
 from ltx.ticket import Ticket
 
@@ -151,6 +153,24 @@ def load_for(ticket: Ticket, settings: Settings) -> Target | None:
         if target.digest == ticket.target_sha256:
             return target
     return None
+
+
+def require_images(target: Target) -> None:
+    """Try a network of the user's own on an image of its data.
+
+    Raises:
+        LtxError: it cannot take them, with its own reason.
+    """
+    shape = data.dataset_spec(target.data).shape
+    image = torch.zeros(1, *shape)
+    try:
+        outputs(target.model, image.to(next(target.model.parameters(), image).device))
+    except Exception as error:  # of the user's code: of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LtxError(
+            f"target.module={target.network}: cannot take images of {target.data}, {shape} ({reason}); "
+            "target=mnist, digits or resnet22 (CIFAR-10) says which images to use"
+        ) from error
 
 
 def unfit_range(ticket: Ticket, target: Target) -> str | None:
