@@ -17,7 +17,6 @@ from ltx.graph.concatenation import CONCATENATION, take_apart
 from ltx.graph.nodes import BatchNorm, Graph, Layer, Node
 from ltx.targets.masked import Masked
 
-
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
