@@ -12,6 +12,7 @@ from ltx import LtxError, construct, theory
 from ltx.constructions import Statistics
 from ltx.graph import run, trace
 from ltx.intervals import channel_intervals
+from ltx.theory.widths import rows_of_signs
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu"])
@@ -153,7 +154,7 @@ def test_the_other_way_round(construction):
 
 def test_rows_of_signs():
     for m, chance, signs in ((1, 0.5, 2), (5, 0.1, 2), (15, 1e-6, 2), (5, 0.1, 1), (1, 0.9, 1)):
-        n = theory._rows_of_signs(m, chance, signs)
+        n = rows_of_signs(m, chance, signs)
         enough, fewer = (signs * sum(math.comb(many, k) for k in range(m)) / 2**many for many in (n, n - 1))
         assert enough <= chance * (1 + 1e-9)
         assert fewer > chance * (1 - 1e-9) or n == m

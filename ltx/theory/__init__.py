@@ -1,0 +1,183 @@
+"""How wide a source has to be, and what a width guarantees (Theorems 3.1 and 3.2, Corollaries 2.2 and C.1).
+
+Three steps lead from an allowed error of the outputs and a failure probability to the widths of a source.
+
+**Error of a parameter.** Walking back from the output, every node of the target is given the largest deviation that it
+may have (`errors.budgets`). A layer with n parameters in a row, each within epsilon of the target's, that reads inputs
+of at most B in magnitude which deviate by at most D, deviates in any output by at most
+
+    sum_j |w_j + e_j| D + n epsilon max(B, 1) [+ n epsilon max(B, 1)],      |e_j| <= epsilon,
+
+the last part being the linearisation of a pair whose activation is linear near 0 only. In L+1, behind the first layer,
+the first part is another one: the slots of a channel deviate each on its own, and a sum of up to m entries of up to 1,
+for every parameter, passes on up to m n D. (The proof of Theorem 3.2, equation (13), has N D there, as if all slots of
+a channel deviated alike. The theorem can be mended: epsilon_l becomes smaller by a factor of m for each layer behind
+l, of which only the logarithm enters the width. What it hides is how tickets of deep networks fail, as the README says
+under "Deep tickets that work": sum |w_s| and not |W| is what deviations grow with.) Each part gets the same share of
+what the layer may deviate. Behind it an activation divides by its Lipschitz constant, batch norm by its largest scale,
+and a sum halves. The paper says the same with N, the number of parameters of the whole layer, for n and for
+sum |w|, which needs |x| <= 1 and |w| <= 1 (it takes both for granted, and in Theorem 3.2 a first layer that is exactly
+linear): form "theorem" gives its epsilon_l, form "norms", the default, what the target's own norms and interval bounds
+of its activations give. That one holds for any target, and is larger wherever the paper's assumptions hold.
+
+**Chance of a subset.** Corollary 2.2: of m numbers a subset sum is within epsilon of theta, |theta| <= 1, with
+probability at least 1 - delta', if m >= C log(1 / min(epsilon, delta')). A union bound over rho problems needs
+delta' = delta / rho. Theorem 3.2 states rho delta / N_l, its proof delta / rho: the proof is right, since rho is at
+least the number of problems, and more of them must make each one's chance smaller, not larger. (The statement's would
+allow failures that add up to more than delta.) Theorem 3.1 has log(N / min(epsilon_l, delta)): sufficient in epsilon,
+where N is counted twice, but not in delta, because inputs of both signs make 2 N problems (Corollary C.1's proof says
+so). Here the problems are counted, and m is the least that is enough. In L+1 rho depends on m, because layers are made
+m times: the smallest solution is found by iteration, for which the paper bounds rho by C N^(1 + gamma) log(...).
+
+**Width.** In 2L the paper asks for C c log(...) rows of the 1x1 layer; as many are needed of each sign of lambda, whose
+signs are random. Here it has so many rows that m of each sign that is needed are among them, again with a union bound,
+for which half of delta is set aside. The layers behind have a row for each of their channels, m times as many in L+1.
+
+C is a measurement (`ltx/subset_sum/limits.py`), not a theorem: Lueker's proof gives none. A guarantee is as good as it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ltx.constructions.layout import IMAGE, layout
+from ltx.graph import Graph
+from ltx.subset_sum.limits import PRODUCT, UNIFORM
+from ltx.theory.errors import budgets, ticket_error
+from ltx.theory.parts import check, parts_of
+from ltx.theory.widths import base_set_size, copies_of, problems_of, rows_of, slots_of
+
+__all__ = ["FORMS", "Guarantee", "LayerBound", "base_set_size", "failure_probability", "guarantee", "ticket_error"]
+
+FORMS = ("norms", "theorem")
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """What a target layer needs of the source."""
+
+    layer: str
+    parameters: int  # nonzero, N_l
+    largest_input: float  # B: no input of the layer is larger in magnitude
+    allowed: float  # largest deviation of its outputs
+    epsilon: float  # of a parameter
+    slots: int  # rows for each of its channels
+    problems: int  # subset sums
+    base_set_size: int  # m of these
+    copies: int  # rows of the 1x1 layer in front; 0: there is none
+    width: int  # rows
+    source_parameters: int  # of both layers
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """A source that contains a ticket with an error of at most `error` with probability at least 1 - delta."""
+
+    construction: str
+    error: float
+    delta: float
+    layers: tuple[LayerBound, ...]
+
+    @property
+    def problems(self) -> int:
+        """rho."""
+        return sum(layer.problems for layer in self.layers)
+
+    @property
+    def source_parameters(self) -> int:
+        return sum(layer.source_parameters for layer in self.layers)
+
+    @property
+    def base_set_size(self) -> int:
+        """The largest m."""
+        return max((layer.base_set_size for layer in self.layers), default=0)
+
+    @property
+    def epsilon(self) -> float:
+        """The smallest epsilon."""
+        return min((layer.epsilon for layer in self.layers), default=math.inf)
+
+
+def guarantee(
+    graph: Graph, error: float, delta: float, *, construction: str, input_range: tuple[float, float] = (-1.0, 1.0),
+    head: str = "keep", scaling: str = "unit", form: str = "norms", uniform: float = UNIFORM, product: float = PRODUCT,
+    same_size: bool = False, pair_kernel: int = 1, pair_stride: str = "second",
+) -> Guarantee:  # fmt: skip
+    """The widths of a source that contains a ticket with an error of at most `error` with probability 1 - delta.
+
+    Args:
+        error: largest deviation of any output over all inputs in `input_range`.
+        form: of the error of a parameter, see above.
+        uniform, product: C of Corollary 2.2 for base sets of uniform numbers and of products of two.
+        same_size: one m for all layers, as `ltx.construct` has it.
+        pair_kernel, pair_stride: see `ltx.construct`.
+
+    Raises:
+        LtxError: an error, a probability or a constant without meaning, or parameters beyond the reach of base sets.
+    """
+    check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
+    check(0 < delta < 1, f"delta {delta:g} must lie between 0 and 1")
+    check(min(uniform, product) > 0, f"the constants C, {uniform:g} and {product:g}, must be positive")
+    check(form in FORMS, f"form '{form}' is not known; there are {', '.join(FORMS)}")
+    kept = graph.head if head == "keep" else ()
+    joined = layout(graph, 0.0, kept=kept)
+    parts = parts_of(graph, joined, construction, kept, input_range, scaling, pair_kernel, pair_stride)
+    signed = [part for part in parts.values() if part.pair and part.signed]
+    delta_sums = delta / 2 if signed else delta
+    sizes = dict.fromkeys(parts, 1)
+    while True:  # m rises with rho, and in L+1 rho and 1 / epsilon with m, but with their logarithms alone
+        allowed, epsilons = budgets(graph, parts, error, construction, form, sizes)
+        problems = problems_of(parts, joined, sizes, construction)
+        single = delta_sums / max(1, sum(problems.values()))
+        needed = {
+            name: base_set_size(epsilons[name] / part.scale, single, product if part.pair else uniform)
+            for name, part in parts.items()
+        }
+        if same_size:
+            needed = dict.fromkeys(needed, max(needed.values()))
+        if needed == sizes:
+            break
+        sizes = needed
+    needs = sum(part.copied + 1 for part in signed)  # channels, and the constant
+    slots, layers = slots_of(parts, joined, sizes, construction), []
+    widths = {
+        stream: max(rows_of(parts[name], *slots[name]) for name in writers if name in parts)
+        for stream, writers in joined.writers.items()
+        if any(name in parts for name in writers)
+    }
+    for name, part in parts.items():
+        copies = copies_of(part, sizes[name], (delta - delta_sums) / max(1, needs)) if part.pair else 0
+        rows, taps = rows_of(part, *slots[name]), part.weight.shape[2]
+        inside = part.weight.shape[1] if part.reads == IMAGE else widths[part.reads]
+        first = 0 if layers else copies  # biases of the source's first layer
+        if part.geometry is not None:
+            size = copies * inside * part.geometry.area + first + rows * copies * part.geometry.taps
+        else:
+            size = rows * inside * taps
+        bound = LayerBound(
+            name, part.parameters, part.largest_input, allowed[name], epsilons[name], slots[name][0], problems[name],
+            sizes[name], copies, rows, size,
+        )  # fmt: skip
+        layers.append(bound)
+    return Guarantee(construction, error, delta, tuple(layers))
+
+
+def failure_probability(
+    graph: Graph, base_set_size: int, epsilon: float, *, construction: str,
+    input_range: tuple[float, float] = (-1.0, 1.0), head: str = "keep", scaling: str = "unit",
+    uniform: float = UNIFORM, product: float = PRODUCT,
+) -> float:  # fmt: skip
+    """A delta: with m and epsilon everywhere, no row is given up with probability at least 1 - delta.
+
+    The other way round: rho exp(-m / C), where Corollary 2.2 says anything, i.e. epsilon >= exp(-m / C); 1 elsewhere.
+    """
+    kept = graph.head if head == "keep" else ()
+    joined = layout(graph, epsilon, kept=kept)
+    parts = parts_of(graph, joined, construction, kept, input_range, scaling)
+    problems = problems_of(parts, joined, dict.fromkeys(parts, base_set_size), construction)
+    total = 0.0
+    for name, part in parts.items():
+        chance = math.exp(-base_set_size / (product if part.pair else uniform))
+        total += problems[name] * (chance if epsilon / part.scale >= chance else 1.0)
+    return min(1.0, total)

@@ -1,0 +1,91 @@
+"""From the outputs' error to that of every parameter, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ltx.constructions.layout import IMAGE, layout
+from ltx.graph import Graph, Node
+from ltx.theory.parts import Part, parts_of
+
+
+def budgets(
+    graph: Graph, parts: Mapping[str, Part], error: float, construction: str, form: str, sizes: Mapping[str, int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Walking back from the output: the largest deviation of every layer's outputs, and epsilon of its parameters."""
+    allowed = dict.fromkeys((node.name for node in graph.nodes), math.inf)
+    allowed[graph.nodes[-1].name] = error
+    epsilons = {}
+    for node in reversed(graph.nodes):
+        mine = allowed[node.name]
+        if node.name in parts:
+            part = parts[node.name]
+            if form == "theorem":
+                shares, count = 3 if construction == "2L" else 2, max(1, part.parameters)
+                epsilons[node.name] = mine / (shares * count)
+                inside = epsilons[node.name] / (sizes[node.name] if part.several else 1)
+            else:
+                shares = 1 + (part.reads != IMAGE) + (not part.linear)
+                row = max(1, part.largest_row)
+                epsilons[node.name] = epsilon = mine / (shares * row * max(part.largest_input, 1.0))
+                inside = mine / (shares * part.gain(epsilon, sizes[node.name]))
+        elif node.layer is not None:  # a head that is kept
+            inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), 1e-300)
+        else:
+            inside = mine / max(_gain(node), 1e-300)
+        for name in node.inputs:
+            allowed[name] = min(allowed[name], inside * _share(graph, node, name))
+    return {name: allowed[name] for name in parts}, epsilons
+
+
+def ticket_error(
+    graph: Graph,
+    epsilons: Mapping[str, float],
+    sizes: Mapping[str, int],
+    *,
+    construction: str,
+    input_range: tuple[float, float] = (-1.0, 1.0),
+    head: str = "keep",
+    scaling: str = "unit",
+) -> float:
+    """A bound of the outputs' deviation where every parameter of a layer is within its epsilon: `budgets` forwards.
+
+    Args:
+        epsilons: layer -> error of its parameters.
+        sizes: layer -> its m: a parameter is a sum of at most so many entries.
+    """
+    kept = graph.head if head == "keep" else ()
+    parts = parts_of(graph, layout(graph, 0.0, kept=kept), construction, kept, input_range, scaling)
+    deviation: dict[str, float] = {}
+    for node in graph.nodes:
+        inside = [deviation[name] for name in node.inputs]
+        if node.op == "input":
+            deviation[node.name] = 0.0
+        elif node.name in parts:
+            part, epsilon = parts[node.name], epsilons[node.name]
+            off = part.largest_row * epsilon
+            reach = off * max(part.largest_input, 1.0) * (1 if part.linear else 2)
+            deviation[node.name] = part.gain(epsilon, sizes[node.name]) * inside[0] + reach
+        elif node.layer is not None:
+            deviation[node.name] = float(node.layer.weight.double().abs().flatten(1).sum(1).max()) * inside[0]
+        else:
+            deviation[node.name] = sum(inside) * _gain(node)
+    return deviation[graph.nodes[-1].name]
+
+
+def _gain(node: Node) -> float:
+    """By how much an elementwise operation may enlarge a deviation."""
+    if node.activation is not None:
+        return node.activation.lipschitz
+    if node.batch_norm is not None:
+        return float(node.batch_norm.scale.abs().max())
+    return 1.0
+
+
+def _share(graph: Graph, node: Node, name: str) -> float:
+    """Which part of a sum's deviation a summand may have; each layer that reads a concatenation's part the same."""
+    if node.op != "add":
+        return 1.0
+    mine = graph[name].attributes.get("summands", 1) if "summands" in node.attributes else 1
+    return mine / node.attributes.get("summands", 2)
