@@ -296,19 +296,36 @@ def test_a_ticket_is_a_function_of_seed_and_images(construction, tmp_path):
 
 @both
 def test_the_batched_kernel_makes_as_good_a_ticket(construction, monkeypatch):
-    """The kernel of a GPU, here on the CPU, with dense layers: rounding decides some ties, another ticket as good."""
-    model, shown = small_resnet("sigmoid"), images(64, 8)
-    how = {"construction": construction, "base_set_size": 8, "selection": "feedback", "calibration": shown}
-    ours = construct(model, **how, feedback=FEW)
-    with monkeypatch.context() as patch:
-        patch.setattr(feedback, "choose", _batched)
-        patch.setattr(feedback, "refine", _refine_batched)
-        patch.setattr(feedback, "apply_rows", _dense)
-        theirs = construct(model, **how, feedback=FEW)
-    assert verify(theirs, trace(model), shown).ok
-    assert theirs.parameters == pytest.approx(ours.parameters, rel=0.05)
-    a, b = (torch.cat([t.errors[n] for n in t.errors]).nanmean() for t in (ours, theirs))
-    assert float(a) == pytest.approx(float(b), rel=0.05)
+    """The kernel of a GPU, here on the CPU, with dense layers."""
+    pairs = []
+    for seed in range(4):
+        ours = _small_ticket(construction, seed, "cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(feedback, "choose", _batched)
+            patch.setattr(feedback, "refine", _refine_batched)
+            patch.setattr(feedback, "apply_rows", _dense)
+            pairs.append((ours, _small_ticket(construction, seed, "cpu")))
+    _as_good(pairs)
+
+
+def _small_ticket(construction, seed, device):
+    return construct(small_resnet("sigmoid"), construction=construction, base_set_size=8, seed=seed,
+                     selection="feedback", calibration=images(64, 8), feedback=FEW, device=device)  # fmt: skip
+
+
+def _as_good(pairs):
+    """Rounding decides some ties and so makes another ticket, as good on average.
+
+    Over 32 seeds the two tickets' mean errors had a ratio of 0.99 +- 0.03, from 0.93 to 1.08, and their numbers of
+    parameters one of 1.00 +- 0.01: a mean over four seeds lies within 8 %.
+    """
+    for _, theirs in pairs:
+        assert verify(theirs, trace(small_resnet("sigmoid")), images(64, 8)).ok
+    errors = torch.tensor([[float(torch.cat(list(t.errors.values())).nanmean()) for t in pair] for pair in pairs])
+    parameters = torch.tensor([[float(t.parameters) for t in pair] for pair in pairs])
+    for quantity, within in ((errors, 0.08), (parameters, 0.05)):
+        ours, theirs = quantity.log().mean(0).exp().tolist()
+        assert theirs == pytest.approx(ours, rel=within)
 
 
 def _dense(layer, rows, offsets, values, many, x):
@@ -330,15 +347,7 @@ def _refine_batched(*tensors, passes):
 @pytest.mark.gpu
 @both
 def test_gpu_makes_as_good_a_ticket(construction):
-    model, shown = small_resnet("sigmoid"), images(64, 8)
-    here, there = (
-        construct(model, construction=construction, base_set_size=8, selection="feedback", calibration=shown,
-                  feedback=FEW, device=device) for device in ("cpu", "cuda")
-    )  # fmt: skip
-    assert verify(there, trace(model), shown).ok
-    assert there.parameters == pytest.approx(here.parameters, rel=0.05)
-    a, b = (torch.cat([t.errors[n] for n in t.errors]).nanmean() for t in (here, there))
-    assert float(a) == pytest.approx(float(b), rel=0.05)
+    _as_good([[_small_ticket(construction, seed, device) for device in ("cpu", "cuda")] for seed in range(4)])
 
 
 @pytest.mark.parametrize(
