@@ -31,8 +31,8 @@ demo: setup  ## train, prune, construct, verify and evaluate on embedded digits,
 	$(LTX) eval --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
 	$(LTX) tables $(DEMO)
 
-test: setup  ## the default tests: CPU, no network, under three minutes
-	$(BIN)/python -m pytest
+test: setup  ## the default tests: CPU, no network, a few minutes
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,16 @@ class Activation:
         """
         if self.exact:
             return torch.zeros_like(reach)
-        powers = 1.05 ** torch.arange(-3000, 200, dtype=torch.float64)  # 3e-64 to 2e4
-        radii = torch.tensor([self.neighbourhood(float(eps)) for eps in powers], dtype=torch.float64)
-        rising = torch.cummax(radii, 0).values
-        found = torch.searchsorted(rising, reach.double().contiguous() * (1 + 1e-12))
-        errors = torch.cat([powers, torch.tensor([math.inf], dtype=torch.float64)])[found]
-        return torch.where(reach > 0, errors, 0.0)
+        radii, errors = self._neighbourhoods
+        found = torch.searchsorted(radii, reach.double().contiguous() * (1 + 1e-12))
+        return torch.where(reach > 0, errors[found], 0.0)
+
+    @cached_property
+    def _neighbourhoods(self) -> tuple[Tensor, Tensor]:
+        """a(eps), rising, and eps from 3e-64 to 2e4, with one more that is infinite."""
+        errors = 1.05 ** torch.arange(-3000, 200, dtype=torch.float64)
+        radii = torch.tensor([self.neighbourhood(eps) for eps in errors.tolist()], dtype=torch.float64)
+        return torch.cummax(radii, 0).values, torch.cat([errors, torch.tensor([math.inf], dtype=torch.float64)])
 
     def linear_radius(self, share: float) -> float:
         """The largest a with eps / a(eps) <= share, i.e. |phi - phi_hat| <= share * a on [-a, a].

@@ -8,10 +8,10 @@ followed, and at most r |d|, which is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltx import operations
 from ltx.activations import Activation, from_attributes
@@ -25,8 +25,10 @@ from ltx.ticket import TicketNode
 class Backwards:
     """The forms that are still to be followed, and the sum of what is known."""
 
-    def __init__(self, walk: Forwards):
+    def __init__(self, walk: Forwards, *, repeated: bool = False):
+        """repeated: whether so many passes are made that what each needs of the nodes on its way is worth keeping."""
         self.walk = walk
+        self._kept: dict[str, tuple] | None = {} if repeated else None
         self.off: dict[str, Tensor] = {}  # ticket's node -> (O, C, ...) of its slots' deviations
         self.theirs: dict[str, Tensor] = {}  # target's node -> the same of its channels
         self.sum = Interval.exactly(torch.zeros(0))
@@ -76,11 +78,8 @@ class Backwards:
             self.sum = self.sum + rest
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "activation":
-            slopes = walk.slopes(node, before)
-            slope = (slopes.low + slopes.high) / 2
-            rest = before.off * Interval(slopes.low - slope, slopes.high - slope).widened()
-            other = mine.off - before.off * Interval.exactly(slope)
-            self._known(form, rest.within(other))
+            slope, rest = self._once(node.name, lambda: self._slope(node))
+            self._known(form, rest)
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "batch_norm":
             scale, _, apart, shift = (part.view(-1, *[1] * (form.ndim - 2)) for part in walk.norms(node, before))
@@ -104,14 +103,36 @@ class Backwards:
             name = node.inputs[0]
             while walk.slots[name].copies is not None:  # a pair: what its copies read
                 name = next(n for n in walk.ticket.graph if n.name == name).inputs[0]
-            rows = walk.layer(node, walk.slots[node.inputs[0]])
+            rows, parts = self._once(node.name, lambda: self._layer(node))
             self._known(form, Interval.exactly(rows.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.off.low.shape)))
-            for part in walk.parts(rows, walk.slots[node.inputs[0]]):
+            for part in parts:
                 self._part(part, rows, form, name)
+
+    def _slope(self, node: TicketNode) -> tuple[Tensor, Interval]:
+        """Of an activation, and what its slots are off beside the slope times what those in front are off."""
+        before, mine = self.walk.slots[node.inputs[0]], self.walk.slots[node.name]
+        slopes = self.walk.slopes(node, before)
+        slope = (slopes.low + slopes.high) / 2
+        rest = before.off * Interval(slopes.low - slope, slopes.high - slope).widened()
+        return slope, rest.within(mine.off - before.off * Interval.exactly(slope))
+
+    def _layer(self, node: TicketNode) -> tuple[Rows, Iterable[Part]]:
+        before = self.walk.slots[node.inputs[0]]
+        rows = self.walk.layer(node, before)
+        parts = self.walk.parts(rows, before)  # one at a time, since they are wide
+        return rows, parts if self._kept is None else list(parts)
+
+    def _once(self, name: str, make: Callable[[], tuple]) -> tuple:
+        """What a node needs for its passes, by its name; made anew where they are not repeated."""
+        if self._kept is None:
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def _part(self, part: Part, rows: Rows, form: Tensor, name: str) -> None:
         before = self.walk.slots[name]
-        found = _pulled(lambda x: operations.affine(x, part.weight, None, *rows.how), part.x.low, form)
+        found = _through(part.weight, rows.how, part.x.low, form)
         gamma = 4 * (part.weight.numel() + 16) * UNIT
         size = (
             form.abs().view(*form.shape[:2], -1).sum(2) @ part.terms.flatten(1).sum(1) * part.x.magnitude.max() * gamma
@@ -150,7 +171,7 @@ class Backwards:
             layer = node.layer
             how = (layer.stride, layer.padding, layer.dilation)
             self._known(form, Interval.exactly(layer.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.low.shape)))
-            found = _pulled(lambda x: operations.affine(x, layer.weight.double(), None, *how), before.low, form)
+            found = _through(layer.weight.double(), how, before.low, form)
             gamma = 4 * (layer.weight.numel() + 16) * UNIT
             rows = layer.weight.double().abs().flatten(1).sum(1)
             self.sum = self.sum.widened(
@@ -158,7 +179,8 @@ class Backwards:
             )
             self._follow(self.theirs, name, found)
         elif node.activation is not None:
-            chord, rest = _chord(node.activation, before)
+            phi = node.activation
+            chord, rest = self._once(f"target {node.name}", lambda: _chord(phi, before))
             self._known(form, rest)
             self._follow(self.theirs, name, form * chord, before)
         elif node.batch_norm is not None:
@@ -195,6 +217,14 @@ class Backwards:
             size = form.abs().flatten(1).sum(1) * x.magnitude.max() * (form[0].numel() + 16) * UNIT
             self.sum = self.sum.widened(size)
         forms[name] = forms[name] + form if name in forms else form
+
+
+def _through(weight: Tensor, how: tuple, x: Tensor, form: Tensor) -> Tensor:
+    """The form (O, C, ...) of x for which that of a layer's rows is `form`."""
+    if weight.ndim == 2:
+        return (form.flatten(1) @ weight).view(len(form), *x.shape)
+    stride, padding, dilation = how
+    return nn.grad.conv2d_input((len(form), *x.shape), weight, form, stride, padding, dilation)
 
 
 def _pulled(function: Callable[[Tensor], Tensor], x: Tensor, form: Tensor) -> Tensor:

@@ -61,11 +61,12 @@ def _bounds(walk: Forwards, name: str, live: Tensor, rows: Tensor, columns: Tens
     low, high = torch.full_like(off.low, -torch.inf), torch.full_like(off.low, torch.inf)
     pixels = torch.cartesian_prod(rows.unique(), columns.unique())
     every = torch.cartesian_prod(live, torch.arange(len(pixels)))
+    back = Backwards(walk, repeated=True)
     for some in every.split(AT_ONCE):
         slot, (y, x) = some[:, 0], pixels[some[:, 1]].unbind(1)
         form = torch.zeros(len(some), *off.low.shape, dtype=torch.float64)
         form[torch.arange(len(some)), slot, y, x] = 1.0
-        found = Backwards(walk).of(name, form)
+        found = back.of(name, form)
         low[slot, y, x], high[slot, y, x] = found.low, found.high
     where = torch.arange(len(low))[:, None, None], rows[:, None], columns
     return Interval(low[where], high[where])
