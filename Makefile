@@ -1,5 +1,6 @@
 # make help lists the targets. Everything runs in .venv, which is made on first use and renewed when
-# pyproject.toml changes.
+# pyproject.toml changes. Tests run side by side, with one thread each: threads of one process that spin while they wait
+# for one another take the cores from the next process.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +33,7 @@ demo: setup  ## train, prune, construct, verify and evaluate on embedded digits,
 	$(LTX) tables $(DEMO)
 
 test: setup  ## the default tests: CPU, no network, a few minutes
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numba
 import pytest
 import torch
 from torch import nn
@@ -17,11 +16,6 @@ from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
 SMOKE = ("target=digits", "protocol=smoke", "device=cpu")
 ROOT = Path(__file__).resolve().parent.parent
-
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-    # side by side each has its share of the cores; threads that spin until others' are done would take most of the time
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    numba.set_num_threads(max(1, numba.get_num_threads() // workers))
 
 
 def small_cnn(activation: str, *, seed: int = 0, density: float = 0.3, channels: int = 4, size: int = 6, bias=True):

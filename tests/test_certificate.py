@@ -224,6 +224,16 @@ def test_the_command(construction, ltx, tmp_path):
     assert found["ascent"] < found["certificate"] <= found["plain"] <= found["theorem"]
     assert found["over_the_data"] <= found["certificate"]
     assert written.with_suffix(".png").is_file()
+    table = out
+    given = ("certify", str(path), "certify.starts=20", "certify.steps=20")
+    status, out, err = ltx(*given, output_dir=tmp_path)
+    assert (status, out) == (0, table)
+    assert "there already" in err
+    written.write_text("{}")
+    status, out, err = ltx(*given, output_dir=tmp_path)
+    assert (status, out) == (0, table)
+    assert "damaged" in err
+    assert json.loads(written.read_text())["certificate"] == found["certificate"]
     before = written.read_bytes()
     status, out, err = ltx("certify", str(path), "certify.starts=-1", output_dir=tmp_path)
     assert (status, out) == (1, "")

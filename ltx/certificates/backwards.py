@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from ltx import operations
 from ltx.activations import Activation, from_attributes
@@ -224,7 +225,7 @@ def _through(weight: Tensor, how: tuple, x: Tensor, form: Tensor) -> Tensor:
     if weight.ndim == 2:
         return (form.flatten(1) @ weight).view(len(form), *x.shape)
     stride, padding, dilation = how
-    return nn.grad.conv2d_input((len(form), *x.shape), weight, form, stride, padding, dilation)
+    return conv2d_input((len(form), *x.shape), weight, form, stride, padding, dilation)
 
 
 def _pulled(function: Callable[[Tensor], Tensor], x: Tensor, form: Tensor) -> Tensor:

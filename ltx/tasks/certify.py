@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict
@@ -46,6 +47,16 @@ def run(settings: Settings) -> Path:
             "target.checkpoint=FILE"
         )
     targets_at.require_images(target)
+    written = path.with_name("certificate.json")
+    about = {
+        "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,
+        "limit": settings.limit, "starts": settings.certify.starts, "steps": settings.certify.steps,
+    }  # fmt: skip
+    there = None if settings.force else _there(written, about)
+    if there is not None:
+        log.info("%s: there already; force=true certifies again", written)
+        _print(there)
+        return written
     wrong = (*verify(ticket, target.graph).violations, targets_at.unfit_range(ticket, target))[0]
     if wrong is not None:
         raise LtxError(f"ticket {path} is not valid: {wrong}; construct it again with force=true")
@@ -76,16 +87,27 @@ def run(settings: Settings) -> Path:
         "activation": ticket.activation, "input_range": [ticket.input_low, ticket.input_high],
         "certificate": proven.largest, "over_the_data": seen.largest, "plain": plain.largest,
         "theorem": theorem, **{name: float(values.max()) for name, values in found.items()},
-        "examples": len(images), "starts": settings.certify.starts, "steps": settings.certify.steps,
-        "outputs": _rows(proven, seen, found), "layers": nodes, **provenance.here(),
+        "examples": len(images), "outputs": _rows(proven, seen, found), "layers": nodes, **about, **provenance.here(),
     }  # fmt: skip
-    written = path.with_name("certificate.json")
-    write_json(written, result)
     save(
         report.figure(nodes, f"{ticket.construction}, {ticket.activation}, seed {ticket.seed}"), written.with_suffix("")
     )
+    write_json(written, result)  # behind the figures, so that they are there where it is
     _print(result)
     return written
+
+
+def _there(written: Path, about: dict) -> dict | None:
+    """The certificate that lies there, where it is of this ticket, target and ascent."""
+    if not written.is_file():
+        return None
+    try:
+        result = json.loads(written.read_text())
+        found = {key: result[key] for key in about}
+    except (json.JSONDecodeError, KeyError, TypeError):
+        log.info("%s is damaged or of an earlier ltx; certifying again", written)
+        return None
+    return result if found == about else None
 
 
 def _ascent(
