@@ -1,6 +1,5 @@
 # make help lists the targets. Everything runs in .venv, which is made on first use and renewed when
-# pyproject.toml changes. Tests run side by side, with one thread each: threads of one process that spin while they wait
-# for one another take the cores from the next process.
+# pyproject.toml changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,8 +31,9 @@ demo: setup  ## train, prune, construct, verify and evaluate on embedded digits,
 	$(LTX) eval --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
 	$(LTX) tables $(DEMO)
 
+# Side by side; OpenMP's threads must not spin while they wait, that takes the cores from the other process.
 test: setup  ## the default tests: CPU, no network, a few minutes
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -m slow

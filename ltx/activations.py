@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -306,6 +306,11 @@ def activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+@lru_cache(typed=True)  # one object for all nodes, which tables its neighbourhoods once; 1 and 1.0 are written apart
+def _made(name: str, /, **parameters: float | str) -> Activation:
+    return FAMILIES[name].make(**parameters)
+
+
 def from_attributes(attributes: dict) -> Activation:
     """The activation that a ticket's node names.
 
@@ -315,6 +320,6 @@ def from_attributes(attributes: dict) -> Activation:
     name = attributes["function"]
     activation(name)
     try:
-        return FAMILIES[name].make(**{key: value for key, value in attributes.items() if key != "function"})
+        return _made(name, **{key: value for key, value in attributes.items() if key != "function"})
     except TypeError as error:
         raise LtxError(f"activation '{name}': {error}") from None

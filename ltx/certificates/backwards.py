@@ -29,7 +29,7 @@ class Backwards:
     def __init__(self, walk: Forwards, *, repeated: bool = False):
         """repeated: whether so many passes are made that what each needs of the nodes on its way is worth keeping."""
         self.walk = walk
-        self._kept: dict[str, tuple] | None = {} if repeated else None
+        self._kept: dict[tuple[str, str], tuple] | None = {} if repeated else None
         self.off: dict[str, Tensor] = {}  # ticket's node -> (O, C, ...) of its slots' deviations
         self.theirs: dict[str, Tensor] = {}  # target's node -> the same of its channels
         self.sum = Interval.exactly(torch.zeros(0))
@@ -79,7 +79,7 @@ class Backwards:
             self.sum = self.sum + rest
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "activation":
-            slope, rest = self._once(node.name, lambda: self._slope(node))
+            slope, rest = self._once(("ticket", node.name), lambda: self._slope(node))
             self._known(form, rest)
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "batch_norm":
@@ -104,7 +104,7 @@ class Backwards:
             name = node.inputs[0]
             while walk.slots[name].copies is not None:  # a pair: what its copies read
                 name = next(n for n in walk.ticket.graph if n.name == name).inputs[0]
-            rows, parts = self._once(node.name, lambda: self._layer(node))
+            rows, parts = self._once(("ticket", node.name), lambda: self._layer(node))
             self._known(form, Interval.exactly(rows.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.off.low.shape)))
             for part in parts:
                 self._part(part, rows, form, name)
@@ -123,13 +123,13 @@ class Backwards:
         parts = self.walk.parts(rows, before)  # one at a time, since they are wide
         return rows, parts if self._kept is None else list(parts)
 
-    def _once(self, name: str, make: Callable[[], tuple]) -> tuple:
-        """What a node needs for its passes, by its name; made anew where they are not repeated."""
+    def _once(self, node: tuple[str, str], make: Callable[[], tuple]) -> tuple:
+        """What a node (of which network, its name) needs for a pass; made anew where passes are not repeated."""
         if self._kept is None:
             return make()
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
+        if node not in self._kept:
+            self._kept[node] = make()
+        return self._kept[node]
 
     def _part(self, part: Part, rows: Rows, form: Tensor, name: str) -> None:
         before = self.walk.slots[name]
@@ -181,7 +181,7 @@ class Backwards:
             self._follow(self.theirs, name, found)
         elif node.activation is not None:
             phi = node.activation
-            chord, rest = self._once(f"target {node.name}", lambda: _chord(phi, before))
+            chord, rest = self._once(("target", node.name), lambda: _chord(phi, before))
             self._known(form, rest)
             self._follow(self.theirs, name, form * chord, before)
         elif node.batch_norm is not None:
