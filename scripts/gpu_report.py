@@ -1,0 +1,160 @@
+"""What a GPU has to show, in one call: agreement with the CPU first, then rates, then times.
+
+    LTX_DATA=... python scripts/gpu_report.py OUTPUT_DIR [SECONDS] [DEVICE]
+
+Steps run in the order of their worth, each where SECONDS (540) are left, and OUTPUT_DIR/report.json is written behind
+every step, so that a call that is cut off keeps what it has; a second call goes on with the steps that are missing or
+failed. DEVICE (cuda) may be cpu, to try the script itself. The targets are the kept ones.
+
+tests      `pytest -m gpu`: the same bits, subsets and tickets as on the CPU
+solver     problems a second, m = 15, epsilon = 0.01, uniform; the first 65,536 answers compared with the CPU's
+tickets    explicit ResNet-22 (sigmoid): construction, twice, and evaluation on the test images
+epochs     seconds of each epoch of the paper's protocol (ReLU, full width), without and with torch.compile
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from ltx import cli, data, subset_sum, targets, training
+from ltx.files import write_json
+from ltx.subset_sum.statistics import draw
+from ltx.tasks import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+RESNET = ("target=resnet22", "activation=sigmoid")
+TICKETS = {
+    "L+1 smallest": ("construction=L+1",),
+    "2L smallest": ("construction=2L",),
+    "L+1 feedback, one sweep": ("construction=L+1", "selection=feedback", "feedback.sweeps=1", "feedback.refine=0"),
+    "L+1 feedback": ("construction=L+1", "selection=feedback"),
+}
+
+
+def tests(_: str) -> dict:
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return {"status": found.returncode, "output": found.stdout[-6000:]}
+
+
+def solver(device: str) -> dict:
+    found = {}
+    for selection, many in (("smallest", 1 << 24), ("best", 1 << 20)):
+        values, theta = draw("uniform", 15, 0, many if device == "cuda" else 1 << 16, seed=0, device=device)
+        seconds, answer = [], None
+        for _ in range(6):  # the first compiles
+            _synchronise(device)
+            begin = time.perf_counter()
+            answer = subset_sum.solve(values, theta, 0.01, selection=selection)
+            _synchronise(device)
+            seconds.append(time.perf_counter() - begin)
+        assert answer is not None
+        some = slice(0, 1 << 16)
+        expected = subset_sum.solve(values[some].cpu(), theta[some].cpu(), 0.01, selection=selection)
+        begin = time.perf_counter()
+        subset_sum.solve(values[some].cpu(), theta[some].cpu(), 0.01, selection=selection)
+        found[selection] = {
+            "problems": len(theta), "seconds": seconds, "per_second": len(theta) / statistics.median(seconds[1:]),
+            "same_as_cpu": bool((torch.as_tensor(answer.mask)[some].cpu() == torch.as_tensor(expected.mask)).all()),
+            "cpu_per_second": (1 << 16) / (time.perf_counter() - begin), "cores": os.cpu_count(),
+        }  # fmt: skip
+    return found
+
+
+def tickets(device: str) -> dict:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in TICKETS.items():
+            given = [*RESNET, *settings, f"device={device}", f"output_dir={folder}", "force=true"]
+            if device == "cpu":
+                given.append("limit=200")
+            made = [_result("construct", given, "construction*.json") for _ in range(2)]  # the first compiles
+            judged = [_result("eval", given, "result*.json") for _ in range(2)]
+            found[name] = {
+                "construction_seconds": [each["seconds"] for each in made], "problems": made[0]["problems"],
+                "evaluation_seconds": [each["seconds"] for each in judged], "result": judged[-1],
+            }  # fmt: skip
+    return found
+
+
+def _result(command: str, given: list[str], name: str) -> dict:
+    status = cli.run([command, *given])
+    if status:
+        raise RuntimeError(f"ltx {command} {' '.join(given)} ended with {status}")
+    folder = Path(next(each for each in given if each.startswith("output_dir=")).removeprefix("output_dir="))
+    return json.loads(max(folder.rglob(name), key=lambda path: path.stat().st_mtime).read_text())
+
+
+def epochs(device: str) -> dict:
+    found = {}
+    splits = [
+        data.load("cifar10", train=train, root=Path(os.environ["LTX_DATA"]), device=device) for train in (True, False)
+    ]
+    spec = data.dataset_spec("cifar10")
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = targets.build("resnet22", "relu", shape=spec.shape, classes=spec.classes)
+        times = [time.perf_counter()]
+        protocol = training.Protocol(rounds=1, epochs=6 if device == "cuda" else 1, crop=4, flip=True)
+
+        def note(_: training.Progress, times: list[float] = times) -> None:
+            _synchronise(device)
+            times.append(time.perf_counter())
+
+        training.train(model, *splits, protocol, 0.5, seed=0, compiled=compiled, on_progress=note)
+        found["compiled" if compiled else "eager"] = [after - before for before, after in pairwise(times)]
+    return found
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+STEPS: dict[str, Callable[[str], dict]] = {"tests": tests, "solver": solver, "tickets": tickets, "epochs": epochs}
+
+
+def main(folder: Path, seconds: float, device: str) -> None:
+    begin = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    report |= {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", **provenance.here()}
+    for name, step in STEPS.items():
+        if "error" not in report.get(name, {"error": "missing"}):
+            continue
+        if time.monotonic() - begin > seconds:
+            print(f"{name}: no time left; call again", file=sys.stderr)
+            continue
+        started = time.monotonic()
+        try:
+            report[name] = step(device)
+        except Exception:  # the next steps may work
+            report[name] = {"error": traceback.format_exc()}
+        report[name]["wall_seconds"] = time.monotonic() - started
+        write_json(path, report)
+        print(json.dumps({name: report[name]}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3, 4):
+        sys.exit(__doc__)
+    _, where, *rest = sys.argv
+    seconds, device = [*rest, *("540", "cuda")[len(rest) :]]
+    main(Path(where), float(seconds), device)
