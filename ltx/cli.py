@@ -148,7 +148,10 @@ def _hydra(command: str, overrides: list[str]) -> int:
     def job(cfg: DictConfig) -> None:
         try:
             task = importlib.import_module(f"ltx.tasks.{COMMANDS[command][0]}")
-            artefact = task.run(config.settings_from(cfg))
+            settings = config.settings_from(cfg)
+            if command != "bounds":
+                settings.require_solvable()
+            artefact = task.run(settings)
         except (LtxError, OmegaConfBaseException, MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | RuntimeError):
                 if not _out_of_memory(error):
@@ -185,13 +188,19 @@ def _hydra(command: str, overrides: list[str]) -> int:
 
 
 def _line(error: BaseException) -> str:
-    """An exception's message in one line, with its cause and without Hydra's hints on its own syntax."""
+    """An exception's message in one line, with its cause, a hint, and without Hydra's hints on its own syntax."""
+    from hydra.errors import OverrideParseException
+    from omegaconf.errors import ConfigAttributeError
+
     useless = ("To append to your config", "Set the environment variable", "full_key:", "object_type=", "See https:",
                "Config search path:", "provider=", "reference_type=")  # fmt: skip
     cause = None if isinstance(error, LtxError) else error.__cause__  # Hydra's says which values are possible
     lines = [line.strip() for e in (error, cause) if e is not None for line in str(e).splitlines()]
     kept = list(dict.fromkeys(line for line in lines if line and not line.startswith(useless)))
-    return " ".join(kept) or type(error).__name__
+    line = " ".join(kept) or type(error).__name__
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {line}; settings are KEY=VALUE, with quotes around a VALUE of special characters"
+    return line + ("; ltx COMMAND --help lists the settings" if isinstance(cause, ConfigAttributeError) else "")
 
 
 def _fail(message: str) -> int:

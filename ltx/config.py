@@ -171,10 +171,7 @@ class Settings:
     force: bool = False
 
     def check(self) -> None:
-        _require(
-            1 <= self.m <= MAX_BASE_SET_SIZE,
-            f"m={self.m}: the base set size must lie between 1 and {MAX_BASE_SET_SIZE}, the solver's limit",
-        )
+        _require(self.m >= 1, f"m={self.m}: the base set size must be at least 1")
         _require(
             math.isfinite(self.epsilon) and self.epsilon > 0,
             f"epsilon={self.epsilon}: the allowed error must be a positive number, e.g. epsilon=0.01",
@@ -239,6 +236,13 @@ class Settings:
     @property
     def data_root(self) -> Path | None:
         return Path(self.data.root).expanduser() if self.data.root else None
+
+    def require_solvable(self) -> None:
+        """LtxError where m is beyond what the solver takes; the theorems' formulas (`ltx bounds`) take any."""
+        _require(
+            self.m <= MAX_BASE_SET_SIZE,
+            f"m={self.m}: the base set size must lie between 1 and {MAX_BASE_SET_SIZE}, the solver's limit",
+        )
 
     def plain(self) -> dict:
         """The settings as plain values, for result files."""

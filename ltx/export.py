@@ -61,7 +61,7 @@ def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
     """Write the ticket as ONNX, for images (N, C, H, W) of that shape, any N; only the channels that are read.
 
     Raises:
-        LtxError: the packages that PyTorch's exporter needs are missing.
+        LtxError: the packages that PyTorch's exporter needs are missing, or the ticket cannot take such images.
     """
     try:
         import onnxscript  # noqa: F401 - what torch.onnx.export needs, said before its own long message
@@ -72,6 +72,13 @@ def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
     from ltx.network import TicketNetwork
 
     network = TicketNetwork(ticket, dense=True).eval()
+    try:
+        network(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LtxError(
+            f"the ticket cannot take images {shape} ({reason}); give the shape of the images it is for"
+        ) from error
     with replacing(path) as part:
         torch.onnx.export(
             network, (torch.zeros(2, *shape),), str(part), input_names=["images"], output_names=["outputs"],

@@ -30,7 +30,7 @@ SETTINGS = (
     ("target.input_range", "null", "[LOW, HIGH], null", "of an input element; null: that of the data", (*BUILD,)),
     ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", BUILD),
     ("law", "uniform", "uniform, product, normal", "of the base sets", ("subset-sum", "bench")),
-    ("m", "15", "1 to 32", "base set size", (*BUILD, "subset-sum", "figures")),
+    ("m", "15", "1 to 32", "base set size (bounds: any)", (*BUILD, "subset-sum", "figures")),
     ("epsilon", "0.01", "positive", "allowed error of one parameter", (*BUILD, *SUMS)),
     (
         "selection",

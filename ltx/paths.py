@@ -24,11 +24,16 @@ def reference_target(settings: Settings) -> Path:
     return reference_dir() / "targets" / f"{settings.target.name}-{settings.activation.value}.safetensors"
 
 
+def _target(settings: Settings, digest: str) -> str:
+    name = settings.target.module
+    name = name.split(":")[-1] if name else f"{settings.target.name}-{settings.activation.value}"
+    return f"{name}-{digest[:8]}"
+
+
 def ticket_file(settings: Settings, target_digest: str) -> Path:
     """The ticket that `ltx construct` writes with these settings for the target of that SHA-256."""
     s = settings
-    name = f"{s.target.name}-{s.activation.value}" if s.target.module is None else s.target.module.split(":")[-1]
-    target = f"{name}-{target_digest[:8]}"
+    target = _target(s, target_digest)
     if s.construction.value == "sampled":
         name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-seed{s.seed}"
         return Path(s.output_dir) / "tickets" / target / name / "sampled.safetensors"
@@ -39,14 +44,26 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
         selection += "" if f.bound is None else f"-b{f.bound!r}"
         selection += ("" if f.reject is None else f"-r{f.reject!r}") + (f"-w{f.spread!r}" if f.spread else "")
         selection += "" if f.order == "random" else f"-{f.order}"
+    name = f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{selection}-{_kind(s)}-seed{s.seed}"
+    return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"
+
+
+def bounds_file(settings: Settings, target_digest: str) -> Path:
+    """The table that `ltx bounds` writes with these settings for the target of that SHA-256."""
+    s, b = settings, settings.bounds
+    name = (
+        f"{_target(s, target_digest)}-{s.construction.value}-m{s.m}-eps{s.epsilon!r}-error{b.error!r}-delta{b.delta!r}"
+        f"-{b.form.value}-C{b.uniform!r}-{b.product!r}-{_kind(s)}-seed{s.seed}"
+    )
+    return Path(s.output_dir) / "bounds" / f"{name}.csv"
+
+
+def _kind(s: Settings) -> str:
+    """What of the target is approximated, and by what source."""
     extra = "-fold" if s.batch_norm.value == "fold" else ""
     extra += f"-pair{s.pair.kernel}" if s.pair.kernel > 1 else ""
     extra += "-strided" if s.pair.stride.value == "first" else ""
-    name = (
-        f"{s.construction.value}-m{s.m}-eps{s.epsilon!r}-{selection}-{s.head.value}-{s.scaling.value}{extra}"
-        f"-seed{s.seed}"
-    )
-    return Path(s.output_dir) / "tickets" / target / name / "ticket.safetensors"
+    return f"{s.head.value}-{s.scaling.value}{extra}"
 
 
 def statistics_file(settings: Settings) -> Path:

@@ -1,6 +1,6 @@
 """Construct a ticket for a random network of torchvision's, pruned at random: time, memory, deviation, as JSON.
 
-python scripts/own_network.py resnet18 2L [DENSITY] [M]
+python scripts/own_network.py resnet18 2L [DENSITY] [M] [EPSILON]
 """
 
 import json
@@ -37,13 +37,20 @@ def main() -> None:
     name, construction = sys.argv[1:3]
     density = float(sys.argv[3]) if len(sys.argv) > 3 else 0.1
     m = int(sys.argv[4]) if len(sys.argv) > 4 else 15
+    epsilon = float(sys.argv[5]) if len(sys.argv) > 5 else 0.01
     model = network(name, density)
     graph = trace(model)
     ltx.construct(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.Flatten()), head="construct")  # compiled now
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
     ticket = ltx.construct(
-        graph, construction=construction, base_set_size=m, head="construct", scaling="layer_max", input_range=INPUT
+        graph,
+        construction=construction,
+        base_set_size=m,
+        epsilon=epsilon,
+        head="construct",
+        scaling="layer_max",
+        input_range=INPUT,
     )
     seconds, memory = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
@@ -52,10 +59,10 @@ def main() -> None:
     x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * (INPUT[1] - INPUT[0]) + INPUT[0]
     with torch.no_grad():
         theirs = model(x)
-        found = float((ticket.to_module()(x) - theirs).abs().max()) if construction == "2L" else None
+        found = float((ticket.to_module()(x) - theirs).abs().max())
     print(json.dumps({
-        "network": name, "construction": construction, "m": m, "density": density,
-        "target_parameters": sum(layer.parameters_above(0.01) for layer in graph.layers.values()),
+        "network": name, "construction": construction, "m": m, "epsilon": epsilon, "density": density,
+        "target_parameters": sum(layer.parameters_above(epsilon) for layer in graph.layers.values()),
         "ticket_parameters": ticket.parameters, "source_parameters": ticket.source_parameters, "seconds": seconds,
         "verify_seconds": verified, "memory_before_mb": before / 1024, "memory_mb": memory / 1024,
         "largest_deviation": found, "target_std": float(theirs.std()),

@@ -36,6 +36,31 @@ def unseeded():
 
 def number():
     return 3
+
+def leaves():
+    raise SystemExit(0)
+
+def attention_behind_a_mean():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.attention, self.out = nn.Linear(8, 4), nn.MultiheadAttention(4, 1), nn.Linear(4, 10)
+
+        def forward(self, x):
+            y = self.inside(x)
+            return self.out(self.attention(y, y, y)[0].mean(1))
+
+    return Net()
+
+def empty():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta")
+
+def spatial():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+
+def double():
+    return make().double()
 """
 
 
@@ -230,12 +255,15 @@ def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
         ("target.module=OWN", "must be PACKAGE.MODULE:FACTORY, e.g. torchvision.models:resnet18"),
         ("target.module=OWN:number", "makes a int, not a torch.nn.Module"),
         ("target.module=OWN:attention", "ltx: "),
+        ("target.module=OWN:leaves", "OWN:leaves: SystemExit: 0"),
+        ("target.module=OWN:attention_behind_a_mean", "module 'attention' (MultiheadAttention): not supported"),
+        ("target.module=OWN:empty", "module '1' (Linear): has no values, it lies on the device 'meta'"),
     ],
 )
 def test_bad_modules(given, message, own, ltx, tmp_path):
     status, out, err = ltx("construct", "target=digits", given.replace("OWN", own))
     assert (status, out) == (1, "")
-    assert message in err.strip().splitlines()[-1]
+    assert message.replace("OWN", own) in err.strip().splitlines()[-1]
     assert not list(tmp_path.glob("tickets"))
 
 
@@ -260,16 +288,59 @@ def test_data_that_do_not_fit(own, ltx, tmp_path):
         ("eval", [str(path)]),
         ("certify", [str(path)]),
         ("construct", ["selection=feedback", "construction=L+1"]),
+        ("export", [str(path), "format=onnx"]),
     ):
         status, _, err = ltx(command, "target=resnet22", *given, *more)
         assert status == 1
-        assert f"target.module={own}:make: cannot take images of cifar10, (3, 32, 32)" in err.strip().splitlines()[-1]
+        said = "the ticket" if command == "export" else f"target.module={own}:make:"
+        images = "(3, 32, 32)" if command == "export" else "of cifar10, (3, 32, 32)"
+        assert f"{said} cannot take images {images}" in err.strip().splitlines()[-1]
         assert "Traceback" not in err
     wide = ["target=digits", *given, "target.input_range=[-9,9]"]  # beyond what the ticket was made for
     status, _, err = ltx("certify", str(path), *wide)
     assert status == 1
     assert "inputs: made for [-0.811752, 1.84712], digits has [-9, 9]" in err.strip().splitlines()[-1]
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
+
+
+def test_outputs_that_are_images(own, ltx, tmp_path):
+    given = ["target=digits", f"target.module={own}:spatial", "head=construct", "m=20", "scaling=layer_max"]
+    status, out, err = ltx("construct", *given)
+    assert status == 0, err
+    path = str(tmp_path / out.splitlines()[-1])
+    assert ltx("verify", path, *given)[0] == 0
+    for command in ("eval", "certify"):
+        status, _, err = ltx(command, path, *given)
+        assert status == 1
+        assert "its output for an image is (3, 4, 4), not a vector of classes" in err.strip().splitlines()[-1]
+        assert "Traceback" not in err
+
+
+def test_float64_is_rounded(own, ltx, tmp_path):
+    given = [
+        "target=digits",
+        f"target.module={own}:double",
+        "head=construct",
+        "m=20",
+        "scaling=layer_max",
+        "construction=2L",
+    ]
+    status, _, err = ltx("construct", *given)
+    assert status == 0, err
+    assert "its float64 parameters are rounded to float32" in err
+    assert ltx("eval", *given)[0] == 0
+
+
+def test_how_to_give_the_target_of_a_ticket_is_said(own, ltx, tmp_path):
+    given = ["target=digits", "head=construct", "m=20", "scaling=layer_max", "construction=2L"]
+    status, out, err = ltx("construct", *given, f"target.module={own}:make")
+    assert status == 0, err
+    path = str(tmp_path / out.splitlines()[-1])
+    for command, expected in (("verify", 0), ("eval", 1), ("certify", 1)):
+        status, _, err = ltx(command, path)
+        assert status == expected
+        assert "is not known here" in err
+        assert "one of your own with target.module=PACKAGE.MODULE:FACTORY" in err
 
 
 def test_a_factory_that_draws_anew_has_another_target_each_time(own, ltx):

@@ -196,6 +196,23 @@ def test_the_command_shows_what_is_guaranteed_beside_what_was_used(construction,
     assert "of which" in out
 
 
+def test_the_command_gives_back_what_it_guarantees(ltx, tmp_path):
+    """m and epsilon of the guarantee, put in the other way round, fail with a probability of delta at most."""
+    given = ["target=digits", "protocol=smoke", "construction=L+1", "bounds.delta=0.05"]
+    assert ltx("train-target", *given, output_dir=tmp_path)[0] == 0
+    status, out, _ = ltx("bounds", *given, output_dir=tmp_path)
+    assert status == 0
+    table = pd.read_csv(out.splitlines()[-1])
+    again = [f"m={table.base_set_size.max()}", f"epsilon={table.epsilon.min()}"]
+    status, other, err = ltx("bounds", *given, *again, output_dir=tmp_path)
+    assert status == 0
+    assert "the solver takes an m of up to 32" in err
+    assert 0 < float(other.partition("with a probability of at most ")[2].partition(";")[0]) <= 0.05
+    ltx("bounds", *given, "head=construct", output_dir=tmp_path)
+    ltx("bounds", *given, "scaling=layer_max", output_dir=tmp_path)
+    assert len(list(tmp_path.glob("bounds/*.csv"))) == 4  # none in the place of another
+
+
 def test_the_command_refuses_what_has_no_meaning(ltx, tmp_path):
     for given, message in (
         ("construction=sampled", "construction=sampled has no source; use L+1 or 2L"),

@@ -139,6 +139,8 @@ class _Walk:
     def __init__(self, graph: Graph, builder: TicketBuilder, construction: str, head: str):
         self.graph, self.builder, self.construction = graph, builder, construction
         self.kept = graph.head if head == "keep" else ()
+        if not graph.layers:
+            raise ConstructionError("the network has no Conv2d and no Linear layer: there is nothing to approximate")
         if all(name in self.kept for name in graph.layers):
             raise ConstructionError("the network has no layer besides its head; use head='construct'")
         self.layout = layout(graph, builder.plan.epsilon, kept=self.kept)

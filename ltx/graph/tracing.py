@@ -48,6 +48,9 @@ def trace(model: nn.Module) -> Graph:
             f"the network {type(model).__name__} cannot be traced by torch.fx ({reason}); "
             "remove control flow that depends on the input"
         ) from error
+    many = sum(node.op == "placeholder" for node in traced.nodes)
+    if many != 1:
+        raise ConstructionError(f"the network takes {many} inputs; ltx constructs networks of one image")
     nodes: list[Node] = []
     alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
     memory: dict[str, str] = {}  # node -> the node whose tensor it is a view of
@@ -77,21 +80,21 @@ def trace(model: nn.Module) -> Graph:
         alias[fx_node.name] = name
         memory[name] = memory[inputs[0]] if node.op == "flatten" else name
         nodes.append(replace(node, name=name))
-    inputs = [node for node in nodes if node.op == "input"]
-    if len(inputs) != 1:
-        raise ConstructionError(f"the network takes {len(inputs)} inputs; ltx constructs networks of one image")
     return Graph(tuple(take_apart(_leading_to_the_output(nodes))))
 
 
 def _write_out_means(traced: fx.Graph) -> None:
-    """Write means over height and width as an average pooling, flattened unless they keep the dimensions."""
+    """Write means over height and width as an average pooling, flattened unless they keep the dimensions.
+
+    Others stay, and are refused where it is their turn, behind what is in front of them.
+    """
     for node in traced.nodes:
         if node.target not in ("mean", torch.mean):
             continue
         given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
         dims = given.get("dim", given.get("axis"))
         if not isinstance(dims, tuple | list) or sorted(d % 4 for d in dims) != [2, 3] or "dtype" in given:
-            raise _refuse(node.name, "mean", "only over height and width, dimensions 2 and 3, of images")
+            continue
         with traced.inserting_before(node):
             mean = traced.call_function(nn.functional.adaptive_avg_pool2d, (given["input"], 1))
             if not given.get("keepdim"):
@@ -233,6 +236,8 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
         end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
         if (start, end) == (1, -1):
             return Node(node.name, "flatten", inputs)
+    if node.target in ("mean", torch.mean):
+        raise _refuse(node.name, "mean", "only over height and width, dimensions 2 and 3, of images")
     if node.target in _ADDITIONS:
         if len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
             raise _refuse(node.name, "add", "only the sum of two streams is supported")
@@ -350,6 +355,8 @@ def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tenso
 
 
 def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise _refuse(name, type(module).__name__, "has no values, it lies on the device 'meta'; load its parameters")
     if tensor.dtype not in (torch.float32, torch.float64):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise _refuse(name, type(module).__name__, f"has {kind} parameters, ltx takes float32; call model.float()")

@@ -57,6 +57,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         pickle.UnpicklingError,
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is to give up weights_only
+            reason = "no file of tensors alone"
         raise CheckpointError(f"checkpoint {path}: cannot be read ({reason}); is it whole?") from error
     except Exception as error:  # safetensors raises a bare class of its own
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); is it whole?") from error
@@ -94,7 +96,13 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, network: str) -> nn.M
     """
     expected = model.state_dict()
     state = _without_ones(checkpoint.state, expected)
-    require_layout(checkpoint.path, state, expected, network=network, instead="choose the target= it was made for")
+    require_layout(
+        checkpoint.path,
+        state,
+        expected,
+        network=network,
+        instead="choose the target= it was made for, or say target.module= for a network of your own",
+    )
     for name in expected:
         if name.endswith("_mask") and not ((state[name] == 0) | (state[name] == 1)).all():
             raise CheckpointError(f"checkpoint {checkpoint.path}: mask '{name}' has entries other than 0 and 1")

@@ -28,7 +28,7 @@ def imported(name: str) -> nn.Module:
         for part in factory.split("."):
             make = getattr(make, part)
         made = make()  # type: ignore[operator]
-    except Exception as error:  # of the user's code: of any kind
+    except (Exception, SystemExit) as error:  # of the user's code: of any kind
         reason = (str(error).splitlines() or [""])[0]
         raise LtxError(f"target.module={name}: {type(error).__name__}: {reason}") from error
     if not isinstance(made, nn.Module):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from ltx import theory
+from ltx import paths, theory
 from ltx.config import Settings
 from ltx.constructions import construct
 from ltx.errors import ConstructionError, LtxError
 from ltx.files import write_text
+from ltx.graph import fold_batch_norm
+from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
 from ltx.tasks import targets_at
 from ltx.ticket import Ticket
 
@@ -25,7 +27,8 @@ def run(settings: Settings) -> Path:
     if construction == "sampled":
         raise LtxError("construction=sampled has no source; use L+1 or 2L")
     target = targets_at.load(settings)
-    graph, box = target.graph, target.input_range
+    folded = settings.batch_norm.value == "fold"
+    graph, box = fold_batch_norm(target.graph) if folded else target.graph, target.input_range
     head, scaling = settings.head.value, settings.scaling.value
     pair = {"pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value}
     found = theory.guarantee(
@@ -43,6 +46,8 @@ def run(settings: Settings) -> Path:
     rows = [asdict(layer) for layer in found.layers]
     used = "no ticket"
     try:
+        if m > MAX_BASE_SET_SIZE:
+            raise ConstructionError(f"the solver takes an m of up to {MAX_BASE_SET_SIZE}")
         ticket = construct(
             graph, construction=construction, base_set_size=m, epsilon=epsilon, seed=settings.seed, head=head,
             scaling=scaling, input_range=box, device=settings.torch_device, **pair,
@@ -52,9 +57,7 @@ def run(settings: Settings) -> Path:
     except ConstructionError as error:
         log.info("m=%d, epsilon=%g: %s", m, epsilon, error)
     table = pd.DataFrame(rows)
-    name = target.path.parent.name if target.path.name == "target.safetensors" else target.path.stem
-    made = f"{construction}-m{m}-eps{epsilon!r}-error{b.error!r}-delta{b.delta!r}-{b.form.value}"
-    path = Path(settings.output_dir) / "bounds" / f"{name}-{made}.csv"
+    path = paths.bounds_file(settings, target.digest)
     write_text(path, table.to_csv(index=False))
     shown = table.rename(columns=_TITLES).map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
@@ -63,7 +66,7 @@ def run(settings: Settings) -> Path:
         f"up to {found.base_set_size})\n"
         f"holds a ticket within {b.error:g} of the target with probability {1 - b.delta:g}.\n"
         f"Used: m={m}, epsilon={epsilon:g}, seed {settings.seed}: {used}.\n"
-        f"With m={m} and epsilon={epsilon:g} no row fails with a probability of at least {1 - delta:.3g}; where every\n"
+        f"With m={m} and epsilon={epsilon:g} some row fails with a probability of at most {delta:.3g}; where every\n"
         f"parameter is within epsilon, no output is off by more than {reach:.3g}.\n"
     )
     return path

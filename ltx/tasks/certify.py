@@ -42,10 +42,7 @@ def run(settings: Settings) -> Path:
     """
     path, ticket, target = find_ticket(settings)
     if target is None:
-        raise LtxError(
-            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; give it with "
-            "target.checkpoint=FILE"
-        )
+        raise targets_at.unknown(path, ticket)
     targets_at.require_images(target)
     written = path.with_name("certificate.json")
     about = {
@@ -150,7 +147,7 @@ def _rows(proven: Certificate, seen: Certificate, found: dict[str, Tensor]) -> l
 
 
 _TITLES = {
-    "output": "output", "certificate": "proven, all inputs", "over_the_data": "proven, range of the data",
+    "output": "output", "certificate": "proven, all inputs", "over_the_data": "proven, test images' box",
     "ascent": "found by ascent", "measured": "on test images",
 }  # fmt: skip
 

@@ -98,10 +98,7 @@ def _explicit(
     path: Path, ticket: Ticket, target: targets_at.Target | None, settings: Settings, device: str
 ) -> _Candidate:
     if target is None:
-        raise LtxError(
-            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is neither below "
-            f"{settings.output_dir} nor kept with the code; give it with target.checkpoint=FILE"
-        )
+        raise targets_at.unknown(path, ticket)
     verification = verify(ticket, target.graph)
     targets_at.require_images(target)
     wrong = (*verification.violations, targets_at.unfit_range(ticket, target))[0]

@@ -18,6 +18,7 @@ from ltx.graph import Graph, trace
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
+GIVE_IT = "give it with target.checkpoint=FILE, one of your own with target.module=PACKAGE.MODULE:FACTORY as well"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def load(settings: Settings) -> Target:
         if target.network != settings.target.network:
             raise CheckpointError(
                 f"checkpoint {target.path}: is a {target.network} for {target.data}, "
-                f"target={settings.target.name} is a {settings.target.network}; choose the target= it was made for"
+                f"target={settings.target.name} is a {settings.target.network}; choose the target= it was made for, "
+                "or say target.module= for a network of your own"
             )
         return target
     found = find(settings)
@@ -155,22 +157,32 @@ def load_for(ticket: Ticket, settings: Settings) -> Target | None:
     return None
 
 
+def unknown(path: Path, ticket: Ticket) -> LtxError:
+    """Says how to give the target of a ticket that is not known."""
+    return LtxError(f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; {GIVE_IT}")
+
+
 def require_images(target: Target) -> None:
     """Try a network of the user's own on an image of its data.
 
     Raises:
-        LtxError: it cannot take them, with its own reason.
+        LtxError: it cannot take them, with its own reason, or its outputs are no vectors of classes.
     """
     shape = data.dataset_spec(target.data).shape
     image = torch.zeros(1, *shape)
     try:
-        outputs(target.model, image.to(next(target.model.parameters(), image).device))
+        found = outputs(target.model, image.to(next(target.model.parameters(), image).device))
     except Exception as error:  # of the user's code: of any kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LtxError(
             f"target.module={target.network}: cannot take images of {target.data}, {shape} ({reason}); "
             "target=mnist, digits or resnet22 (CIFAR-10) says which images to use"
         ) from error
+    if found.ndim != 2:
+        raise LtxError(
+            f"target.module={target.network}: its output for an image is {tuple(found.shape[1:])}, not a vector of "
+            "classes; construct, verify and export take it, eval and certify need nn.Flatten() behind it"
+        )
 
 
 def unfit_range(ticket: Ticket, target: Target) -> str | None:
@@ -190,6 +202,9 @@ def _own(settings: Settings, name: str) -> Target:
     else:
         log.info("target.module=%s without target.checkpoint: its parameters are what the factory gives", name)
     graph = trace(model)
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        log.info("target.module=%s: its float64 parameters are rounded to float32", name)
+        model = model.float()
     functions = dict.fromkeys(node.activation.name for node in graph.nodes if node.activation is not None)
     return Target(
         path, model, graph, graph.digest(), name, ",".join(functions) or "identity", settings.data.name,

@@ -37,8 +37,9 @@ def run(settings: Settings) -> None:
     )  # fmt: skip
     if target is None:
         log.info(
-            "its target (SHA-256 %s...) was not found; give it with target.checkpoint=FILE to compare parameters",
+            "its target (SHA-256 %s...) is not known here, so that parameters were not compared; %s",
             ticket.target_sha256[:12],
+            targets_at.GIVE_IT,
         )
     elif ticket.feedback:
         log.info(
