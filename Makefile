@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 LTX := $(BIN)/ltx
 PROTOCOL ?= quick
 ACTIVATIONS := relu,leaky_relu,tanh,sigmoid
+# OpenMP's threads must not spin while they wait: that takes the cores from the other processes.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 DEMO := target=digits protocol=quick output_dir=outputs/demo
 
 .DEFAULT_GOAL := help
@@ -31,12 +33,11 @@ demo: setup  ## train, prune, construct, verify and evaluate on embedded digits,
 	$(LTX) eval --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
 	$(LTX) tables $(DEMO)
 
-# Side by side; OpenMP's threads must not spin while they wait, that takes the cores from the other process.
 test: setup  ## the default tests: CPU, no network, a few minutes
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(SIDE_BY_SIDE)
 
 test-slow: setup  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(SIDE_BY_SIDE) -m slow
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -11,6 +11,7 @@ from torch import nn
 
 from ltx import cli
 from ltx.activations import ACTIVATIONS
+from ltx.data import Split
 from ltx.targets import resnet22
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
@@ -68,6 +69,12 @@ def images(count: int = 16, size: int = 6, *, seed: int = 0, low: float = -1.0) 
     """Uniform images in [low, 1), (count, 1, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, 1, size, size, generator=generator) * (1 - low) + low
+
+
+def some(split: Split, count: int) -> Split:
+    """A fixed random subset of a split's images, (count, C, H, W)."""
+    index = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
+    return Split(split.images[index], split.labels[index])
 
 
 def deviation(model: nn.Module, ticket, x: torch.Tensor) -> torch.Tensor:

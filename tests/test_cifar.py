@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import some
 
 from ltx import construct, data, verify
 from ltx.constructions.sampled import sampled
@@ -25,14 +26,12 @@ def author(author_target):
     return target(author_target, "sigmoid")
 
 
-def some(root, count):
-    split = data.load("cifar10", train=False, root=root)
-    index = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
-    return data.Split(split.images[index], split.labels[index])
+def all_images(root):
+    return data.load("cifar10", train=False, root=root)
 
 
 def test_is_cifar10(cifar_root):
-    split = data.load("cifar10", train=False, root=cifar_root)
+    split = all_images(cifar_root)
     assert split.images.shape == (10_000, 3, 32, 32)
     assert torch.bincount(split.labels).tolist() == [1000] * 10
     low, high = SPEC.input_range
@@ -42,7 +41,7 @@ def test_is_cifar10(cifar_root):
 
 @pytest.mark.slow
 def test_the_authors_target_has_the_papers_accuracy(author, cifar_root):
-    assert accuracy(author, data.load("cifar10", train=False, root=cifar_root)) == pytest.approx(72.64, abs=0.05)
+    assert accuracy(author, all_images(cifar_root)) == pytest.approx(72.64, abs=0.05)
 
 
 def test_the_authors_target_counts_as_in_the_paper(author):
@@ -53,7 +52,7 @@ def test_the_authors_target_counts_as_in_the_paper(author):
 
 def test_explicit_tickets_of_the_authors_target(author, cifar_root):
     """L+1 has Table 4's size and guesses (section 6 of the design); 2L behaves as the paper's sampled protocol does."""
-    graph, split = trace(author), some(cifar_root, 100)
+    graph, split = trace(author), some(all_images(cifar_root), 100)
     theirs = outputs(author, split.images)
     tickets = {
         c: construct(graph, construction=c, head="construct", input_range=SPEC.input_range) for c in ("L+1", "2L")
@@ -66,7 +65,7 @@ def test_explicit_tickets_of_the_authors_target(author, cifar_root):
 
 
 def test_sampled_errors_of_the_authors_target(author, cifar_root):
-    split = some(cifar_root, 500)
+    split = some(all_images(cifar_root), 500)
     theirs = outputs(author, split.images)
     found, counts = [], []
     for seed in range(8):
@@ -84,6 +83,6 @@ def test_sampled_errors_of_the_authors_target(author, cifar_root):
 def test_kept_targets_have_the_accuracy_they_state(cifar_root, path):
     said = read_checkpoint(path).metadata
     model = target(path, said["activation"])
-    measured = accuracy(model, data.load("cifar10", train=False, root=cifar_root))
+    measured = accuracy(model, all_images(cifar_root))
     assert measured == pytest.approx(float(said["accuracy"]), abs=0.05)
     assert path.stat().st_size < 2_000_000
