@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -80,6 +81,9 @@ def train(
         checkpoint: safetensors file to resume from and to write; None keeps nothing.
         compiled: train through torch.compile: faster steps after a minute of compilation, other roundings.
 
+    On a GPU a step (one batch: its images, forwards, backwards) is captured once and replayed as a CUDA graph, which
+    may be done in several threads at once, each in a stream of its own.
+
     Raises:
         CheckpointError: `checkpoint` belongs to other settings.
         LtxError: torch.compile does not work here.
@@ -107,15 +111,16 @@ def train(
     model.to(device)
     call = _compiled(model) if compiled else model
     keep_freed_memory()
+    step = _step(model, call, data, protocol)
     for round_ in range(start.round, protocol.rounds + 1):
         if start.epoch == 1:
-            step = (
+            share = (
                 {k: synflow.density_after(round_, protocol.rounds, d) for k, d in density.items()}
                 if isinstance(density, Mapping)
                 else synflow.density_after(round_, protocol.rounds, density)
             )
-            synflow.prune(model, shape, step, scope=protocol.scope)
-        _train_round(model, call, data, test, protocol, round_, start, seed, keep, on_progress)
+            synflow.prune(model, shape, share, scope=protocol.scope)
+        _train_round(model, step, data, test, protocol, round_, start, seed, keep, on_progress)
         keep(round_ + 1, 1, {})
         start = _Start()
     return accuracy(model, test)
@@ -137,6 +142,53 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return checked
 
 
+def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, protocol: Protocol) -> Callable[..., Tensor]:
+    """What gives every parameter its gradient on one batch, from `_draws`, and returns the mean loss."""
+    device = data.images.device
+    amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(str(device)))
+
+    def step(index: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
+        images, labels = _batch(data, protocol, index, shifts, mirrored)
+        model.zero_grad(set_to_none=True)
+        with amp:
+            logits = call(images.contiguous(memory_format=torch.channels_last))
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        return loss.detach()
+
+    if device.type != "cuda":
+        return step
+    model.train()
+    return _Captured(step, next(_draws(data, protocol, seed=(0, 0, 0))), model)
+
+
+class _Captured:
+    """A step as a CUDA graph: one launch instead of hundreds. Gradients stay where they were when it was captured."""
+
+    ONE_AT_A_TIME = threading.Lock()  # a capture is disturbed by another one's synchronisation
+    WARM_UP = 3  # steps before it; libraries choose their kernels, torch.compile compiles
+
+    def __init__(self, step: Callable[..., Tensor], example: tuple[Tensor, ...], model: nn.Module):
+        self._inputs = [each.clone() for each in example]
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        stream = torch.cuda.Stream()
+        with self.ONE_AT_A_TIME, torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(self.WARM_UP):
+                    step(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._loss = step(*self._inputs)
+        model.load_state_dict(state)  # the warm-up moved batch norm's statistics
+
+    def __call__(self, *draw: Tensor) -> Tensor:
+        torch._foreach_copy_(self._inputs, list(draw))
+        self._graph.replay()
+        return self._loss
+
+
 @dataclass(frozen=True)
 class _Start:
     """Where a run goes on: at the begin of an epoch, with the optimizer as it was then."""
@@ -147,7 +199,7 @@ class _Start:
 
 
 def _train_round(
-    model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, test: Split, protocol: Protocol, round_: int,
+    model: nn.Module, step: Callable[..., Tensor], data: Split, test: Split, protocol: Protocol, round_: int,
     start: _Start, seed: int, keep: Callable[[int, int, Mapping[str, Tensor]], None],
     on_progress: Callable[[Progress], None],
 ) -> None:  # fmt: skip
@@ -168,23 +220,18 @@ def _train_round(
         done = (start.epoch - 1) * steps
         _restore(optimizer, schedule, model, start.optimizer, done)
     bounded = [parameter.data for parameter, _ in prunable(model).values()]
-    amp = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=fast_bf16(device))
     saved = time.monotonic()
     for epoch in range(start.epoch, protocol.epochs + 1):
         model.train()
         total, count = torch.zeros((), device=device), 0
-        for images, labels in _batches(data, protocol, seed=(seed, round_, epoch)):
-            with amp:
-                logits = call(images.contiguous(memory_format=torch.channels_last))
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        for draw in _draws(data, protocol, seed=(seed, round_, epoch)):
+            loss = step(*draw)
             optimizer.step()
             schedule.step()
             if protocol.bound is not None:
-                for parameter in bounded:
-                    parameter.clamp_(-protocol.bound, protocol.bound)
-            total, count = total + loss.detach(), count + 1
+                torch._foreach_clamp_min_(bounded, -protocol.bound)
+                torch._foreach_clamp_max_(bounded, protocol.bound)
+            total, count = total + loss, count + 1
         last = epoch == protocol.epochs
         if not last and time.monotonic() - saved > SAVE_EVERY:
             keep(round_, epoch + 1, _optimizer_state(optimizer, model))
@@ -214,24 +261,31 @@ def _restore(optimizer, schedule, model: nn.Module, state: Mapping[str, Tensor],
         group["lr"] = rate
 
 
-def _batches(data: Split, protocol: Protocol, *, seed: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches of a shuffled split, shifted and mirrored; drawn on the CPU, so the same on any device."""
+def _draws(data: Split, protocol: Protocol, *, seed: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Which images make the whole batches of an epoch (B,), how each is shifted (B, 2), and whether mirrored (B,).
+
+    Drawn on the CPU, so the same for any device.
+    """
     base, round_, epoch = seed
     generator = torch.Generator().manual_seed(((base << 12) + round_ << 16) + epoch)
     device, n = data.labels.device, len(data)
-    order: Tensor = torch.randperm(n, generator=generator).to(device)
-    crop, (height, width) = protocol.crop, data.images.shape[2:]
-    shifts = torch.randint(0, 2 * crop + 1, (n, 2), generator=generator).to(device) if crop else None
-    mirrored = (torch.rand(n, generator=generator) < 0.5).to(device) if protocol.flip else None
+    order = torch.randperm(n, generator=generator)
+    shifts = torch.randint(0, 2 * protocol.crop + 1, (n, 2), generator=generator)
+    mirrored = torch.rand(n, generator=generator) < 0.5
     size = min(protocol.batch_size, n)
-    for start in range(0, n - size + 1, size):
-        part = slice(start, start + size)
-        images = data.images[order[part]]
-        if mirrored is not None:
-            images = torch.where(mirrored[part, None, None, None], images.flip(3), images)
-        if shifts is not None:
-            images = _shifted(nn.functional.pad(images, (crop,) * 4), shifts[part], height, width)
-        yield images, data.labels[order[part]]
+    parts = [each.to(device).split(size) for each in (order, shifts, mirrored)]
+    yield from list(zip(*parts, strict=True))[: n // size]
+
+
+def _batch(data: Split, protocol: Protocol, index: Tensor, shifts: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch, shifted and mirrored as the protocol says."""
+    crop, (height, width) = protocol.crop, data.images.shape[2:]
+    images = data.images[index]
+    if protocol.flip:
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    if crop:
+        images = _shifted(nn.functional.pad(images, (crop,) * 4), shifts, height, width)
+    return images, data.labels[index]
 
 
 def _shifted(padded: Tensor, shifts: Tensor, height: int, width: int) -> Tensor:

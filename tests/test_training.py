@@ -20,6 +20,10 @@ def splits():
     return data.load("digits", train=True), data.load("digits", train=False)
 
 
+def first_batch(split, protocol, seed):
+    return training._batch(split, protocol, *next(training._draws(split, protocol, seed=seed)))
+
+
 class Stop(Exception):
     pass
 
@@ -77,12 +81,12 @@ def test_shifts_and_mirrors_are_of_the_images(splits):
     images = torch.arange(2 * 3 * 4 * 5).float().view(2, 3, 4, 5) + 1
     split = data.Split(images, torch.tensor([0, 1]))
     plain = training.Protocol(batch_size=2)
-    batch, labels = next(training._batches(split, plain, seed=(0, 1, 1)))
+    batch, labels = first_batch(split, plain, seed=(0, 1, 1))
     assert torch.equal(batch, images[labels])
     changed = training.Protocol(batch_size=2, crop=2, flip=True)
     seen = set()
     for epoch in range(40):
-        batch, labels = next(training._batches(split, changed, seed=(0, 1, epoch)))
+        batch, labels = first_batch(split, changed, seed=(0, 1, epoch))
         for image, label in zip(batch, labels, strict=True):
             possible = {}
             for mirrored in (False, True):
@@ -119,7 +123,7 @@ def test_checkpoint_of_other_settings_is_refused(splits, tmp_path):
 
 def test_order_of_images_depends_on_seed_round_and_epoch(splits):
     def first(*seed):
-        return next(training._batches(splits[0], PROTOCOL, seed=seed))[1]
+        return first_batch(splits[0], PROTOCOL, seed=seed)[1]
 
     assert torch.equal(first(0, 1, 1), first(0, 1, 1))
     assert not torch.equal(first(0, 1, 1), first(1, 1, 1))
@@ -135,6 +139,48 @@ def test_trains_on_a_gpu(splits, compiled):
     model = build("resnet22", "relu", shape=(1, 8, 8), classes=10)
     protocol = training.Protocol(rounds=2, epochs=2, batch_size=128, learning_rate=0.005, crop=1)
     assert training.train(model, *on_gpu, protocol, 0.3, seed=0, compiled=compiled) > 60
+
+
+@pytest.mark.gpu
+def test_a_captured_step_gives_the_gradients_of_a_plain_one(splits, monkeypatch):
+    """Also after its parameters and masks have changed in place, and batch norm's statistics move by one batch."""
+    split = data.Split(splits[0].images.cuda(), splits[0].labels.cuda())
+    protocol = training.Protocol(batch_size=128, crop=1, flip=True)
+    draws = list(training._draws(split, protocol, seed=(0, 1, 1)))
+    found = []
+    for captured in (True, False):
+        torch.manual_seed(0)
+        model = build("resnet22", "relu", shape=(1, 8, 8), classes=10).cuda()
+        if not captured:
+            monkeypatch.setattr(training, "_Captured", lambda step, *_: step)
+        step = training._step(model, model, split, protocol)
+        for parameter, mask in prunable(model).values():
+            parameter.data.mul_(1.5)
+            mask.view(-1)[::3] = 0
+        losses = [float(step(*draw)) for draw in draws[:2]]
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((torch.tensor(losses), gradients, model.bn.running_mean, model.bn.num_batches_tracked))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+@pytest.mark.gpu
+def test_a_killed_run_ends_near_an_unbroken_one_on_a_gpu(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    on_gpu = [data.Split(s.images.cuda(), s.labels.cuda()) for s in splits]
+    protocol = training.Protocol(rounds=2, epochs=4, batch_size=64, learning_rate=0.005)
+    whole = training.train(fresh(), *on_gpu, protocol, 0.5, seed=3)
+
+    def stop_in_the_middle(progress):
+        if (progress.round, progress.epoch) == (2, 3):
+            raise Stop
+
+    checkpoint = tmp_path / "round.safetensors"
+    with pytest.raises(Stop):
+        training.train(fresh(), *on_gpu, protocol, 0.5, seed=3, checkpoint=checkpoint, on_progress=stop_in_the_middle)
+    again = training.train(fresh(seed=99), *on_gpu, protocol, 0.5, seed=3, checkpoint=checkpoint)
+    assert whole > 90
+    assert abs(again - whole) < 3
 
 
 @pytest.mark.slow
