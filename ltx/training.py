@@ -253,7 +253,7 @@ def _restore(optimizer, schedule, model: nn.Module, state: Mapping[str, Tensor],
     for name, tensor in state.items():
         _, key, parameter = name.split(".", 2)
         like = model.get_parameter(parameter)
-        optimizer.state[like][key] = tensor if key == "step" else tensor.to(like.device)
+        optimizer.state[like][key] = tensor.to(like.device)
     schedule.load_state_dict(schedule.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
     with warnings.catch_warnings(action="ignore"):  # it wants to be called by step() alone
         rates = schedule.get_lr()  # sets the momenta too

@@ -159,7 +159,7 @@ def test_a_captured_step_gives_the_gradients_of_a_plain_one(splits, monkeypatch)
             mask.view(-1)[::3] = 0
         losses = [float(step(*draw)) for draw in draws[:2]]
         gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
-        found.append((torch.tensor(losses), gradients, model.bn.running_mean, model.bn.num_batches_tracked))
+        found.append((torch.tensor(losses), gradients, model.bn.running_mean, model.bn.num_batches_tracked.float()))
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() <= 0.03 * theirs.norm()
 
