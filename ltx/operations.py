@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, addcmul, nn
+import torch
+from torch import Tensor, nn
 from torch.backends import cudnn
 
 POOLINGS = ("max_pool", "avg_pool", "adaptive_avg_pool")
 AVERAGES = POOLINGS[1:]
 Sizes = int | tuple[int, ...]
+WIDE = 32  # input channels from which a convolution on a GPU is worth splitting
 
 
 def affine(
@@ -24,14 +26,39 @@ def affine(
         return nn.functional.linear(x, weight, bias)
     if x.device.type == "cpu":
         return nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.dtype == torch.float32 and weight.shape[1] >= WIDE and not differentiable:
+        return _in_three(x, weight, bias, stride, padding, dilation)
     with cudnn.flags(enabled=True, allow_tf32=False):
         return nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+
+
+def _in_three(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes
+) -> Tensor:  # fmt: skip
+    """A convolution of float32 by three of TensorFloat-32, several times faster on a GPU that has it.
+
+    Each factor is the sum of two numbers; only the product of the two low ones is left out, 2^-20 of the result.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    (high, low), (weight, rest) = _split(x), _split(weight.contiguous(memory_format=torch.channels_last))
+    with cudnn.flags(enabled=True, allow_tf32=True):
+        found = nn.functional.conv2d(low, weight, None, stride, padding, dilation)
+        found += nn.functional.conv2d(high, rest, None, stride, padding, dilation)
+        found += nn.functional.conv2d(high, weight, bias, stride, padding, dilation)
+    return found
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 numbers as the sum of one with the 10 bits of TensorFloat-32 behind the point, and what is left."""
+    high = (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
+    return high, x - high
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Batch norm in eval mode: x (N, C, ...), scale and shift (C,)."""
     shape = (-1, *[1] * (x.ndim - 2))
-    return addcmul(shift.view(shape), x, scale.view(shape))
+    return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
 def _max_pool(inputs: list[Tensor], attributes: dict) -> Tensor:

@@ -21,7 +21,8 @@ everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"
 FEW = Feedback(samples=400)
 
 
-def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0):
+def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0, common=False):
+    """common: all kinds visit their groups in one order, each some of them."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape):
@@ -34,8 +35,14 @@ def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0):
         torch.cat([torch.randperm(groups, generator=generator) for _ in range(kinds)]),
         uniform(kinds * groups),
     )
+    if common:
+        rank = torch.randperm(groups, generator=generator)
+        mine = [rank.argsort()[torch.rand(groups, generator=generator) < 0.7] for _ in range(kinds)]
+        begin = torch.tensor([0, *map(len, mine)]).cumsum(0)
+        visits = Visits(begin, torch.cat(mine), visits.theta[: begin[-1]], rank)
     rows = torch.arange(kinds).repeat_interleave(copies)
-    weights = uniform(len(rows) * groups, m)
+    sizes = (visits.begin[1:] - visits.begin[:-1])[rows]
+    weights = uniform(int(sizes.sum()), m)
     return signals, visits, rows, weights, uniform(len(rows), samples)
 
 
@@ -52,8 +59,9 @@ def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0):
         (0.02, 6, 1, 0),
     ],
 )
-def test_both_kernels_choose_alike(bound, largest, sweeps, penalty):
-    signals, visits, rows, weights, error = random_rows()
+@pytest.mark.parametrize("common", [False, True])
+def test_both_kernels_choose_alike(common, bound, largest, sweeps, penalty):
+    signals, visits, rows, weights, error = random_rows(common=common)
     penalties, other = torch.full((len(rows),), float(penalty)), error.clone()
     how = (bound, largest, sweeps)
     ours = choose(signals, visits, rows, weights, weights, error, penalties, bound=bound, largest=largest,

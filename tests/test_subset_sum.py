@@ -171,11 +171,13 @@ for m in (1, 2, 5, 8):
     x, theta = rng.uniform(-1, 1, (70, m)), rng.uniform(-2, 2, 70)
     x[:40], theta[:40] = np.round(x[:40] * 2) / 2, np.round(theta[:40] * 2) / 2  # many equal errors
     for selection, within in (("smallest", 0.01), ("best", -1.0)):
-        mask, size, error, looked = gpu.search(torch.from_numpy(x), torch.from_numpy(theta), within)
-        found = solve(x, theta, 0.01, selection=selection)
-        assert looked == m
-        for ours, theirs in zip((found.mask, found.size, found.error), (mask, size, error)):
-            assert (ours == theirs.numpy()).all(), (m, selection)
+        for kind in (np.float64, np.float32):
+            columns = torch.from_numpy(x.astype(kind)).t().contiguous()
+            mask, size, error, looked = gpu.search(columns, torch.from_numpy(theta), within)
+            found = solve(x.astype(kind), theta, 0.01, selection=selection)
+            assert looked == m
+            for ours, theirs in zip((found.mask, found.size, found.error), (mask, size, error)):
+                assert (ours == theirs.numpy()).all(), (m, selection)
 print("same")
 """
 

@@ -48,6 +48,7 @@ class Visits:
     begin: Tensor  # (kinds + 1,) int64
     group: Tensor  # (P,) int64
     theta: Tensor  # (P,) float32
+    rank: Tensor | None = None  # (G,) int64: where all kinds visit their groups in one order, which one
 
 
 def choose(
@@ -238,44 +239,72 @@ def _choose_batched(
     signals: Signals, visits: Visits, kinds: Tensor, weights: Tensor, worth: Tensor, error: Tensor, penalty: Tensor,
     bound: float, largest: int, sweeps: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same with torch, a visit of every row at a time, on any device."""
+    """The same with torch, on any device: a group at a time where all rows have one order, else a visit of every row.
+
+    What is looked at together has to be few launches on a GPU: its rows are next to each other, and x, the slots, are
+    (m, N) where they are one group's, (n, m, N) where each row has its own.
+    """
     device, m = error.device, weights.shape[1]
     kinds, begin, group, theta = (t.to(device) for t in (kinds, visits.begin, visits.group, visits.theta))
     sizes = (begin[1:] - begin[:-1])[kinds]
-    first = sizes.cumsum(0) - sizes
-    members = torch.cat([_combinations(m, size, device) for size in range(largest + 1)])  # (subsets, m) float32
-    chosen = torch.zeros(len(weights), m, device=device)
+    row = torch.repeat_interleave(torch.arange(len(kinds), device=device), sizes)  # of every visit
+    step = torch.arange(len(row), device=device) - (sizes.cumsum(0) - sizes)[row]
+    problem = begin[kinds][row] + step
+    turn = step if visits.rank is None else visits.rank.to(device)[group[problem]]
+    turn, order = turn.sort(stable=True)
+    counts = torch.unique_consecutive(turn, return_counts=True)[1].tolist()
+    row, problem, w, worth = row[order], problem[order], weights[order], worth[order]
+    chosen = torch.zeros_like(w)
+    groups = group[problem].split(counts)
+    if visits.rank is not None:
+        groups = torch.stack([mine[0] for mine in groups]).tolist() if groups else []
+    parts = [t.split(counts) for t in (row, theta[problem], w, worth, penalty[row, None].expand(-1, m), chosen)]
+    subsets = torch.cat([_combinations(m, size, device) for size in range(largest + 1)])  # (subsets, m) float32
+    subsets = [(some, (some[:, :, None] * some[:, None]).flatten(1)) if len(subsets) * m * m <= HELD else (some, None)
+               for some in subsets.split(max(1, HELD // max(*counts, m * m, 1)))]  # fmt: skip
     missed = torch.zeros(len(kinds), dtype=torch.int64, device=device)
     for sweep in range(sweeps):
-        for step in range(int(sizes.max()) if len(sizes) else 0):
-            row = (sizes > step).nonzero().flatten()
-            visit, problem = first[row] + step, begin[kinds[row]] + step
-            g, wanted, w = group[problem], theta[problem], weights[visit]
-            x = signals.slots[g]  # (n, m, N)
-            old = w * chosen[visit]
-            products = torch.bmm(x, error[row, :, None])[:, :, 0]
+        for g, mine, wanted, w, worth, price, kept in zip(groups, *parts, strict=True):
+            x, e = signals.slots[g], error[mine]
+            products = _times(e, x.mT)
             if sweep == 0:
-                products = products - wanted[:, None] * signals.cross[g]
+                products -= wanted[:, None] * signals.cross[g]
             else:
-                products = products - torch.bmm(signals.gram[g], old[:, :, None])[:, :, 0]
-            pairs = (w[:, :, None] * signals.gram[g] * w[:, None]).flatten(1)  # (n, m m)
-            linear = 2 * w * products + penalty[row, None]
-            least, subset = torch.full((len(row),), torch.inf, device=device), torch.zeros(len(row), m, device=device)
-            for some in members.split(max(1, HELD // max(len(row), m * m))):
-                cost = linear @ some.T + pairs @ (some[:, :, None] * some[:, None]).flatten(1).T
+                old = w * kept
+                products -= _times(old, signals.gram[g])
+            pairs = (w[:, :, None] * w[:, None]).mul_(signals.gram[g]).flatten(1)  # (n, m m)
+            linear = torch.addcmul(price, w, products, value=2)
+            best = None
+            for some, both in subsets:
+                both = (some[:, :, None] * some[:, None]).flatten(1) if both is None else both
+                cost = torch.addmm(linear @ some.T, pairs, both.T)
                 if bound < float("inf"):
-                    off = (worth[visit] @ some.T - wanted[:, None]).abs()
+                    off = (worth @ some.T - wanted[:, None]).abs()
                     cost = torch.where(off <= bound, cost, torch.inf)
-                found, best = cost.min(1)
-                subset = torch.where((found < least)[:, None], some[best], subset)
-                least = torch.minimum(least, found)
-            failed = least == torch.inf
+                found, index = cost.min(1)
+                if best is None:
+                    least, best = found, some[index]
+                else:
+                    best = torch.where((found < least)[:, None], some[index], best)
+                    least = torch.minimum(least, found)
+            if bound < float("inf"):
+                failed = (least == torch.inf)[:, None]
+                best = torch.where(failed, 0.0, best)
+                if sweep == 0:
+                    missed[mine] += failed[:, 0]
             if sweep == 0:
-                missed[row[failed]] += 1
-                error[row] -= wanted[:, None] * signals.ideal[g]
-            error[row] += torch.bmm((w * subset - old)[:, None], x)[:, 0]
-            chosen[visit] = subset
-    return chosen > 0, missed
+                e -= wanted[:, None] * signals.ideal[g]
+                e += _times(w * best, x)
+            else:
+                e += _times(w * best - old, x)
+            error[mine] = e
+            kept.copy_(best)
+    return torch.empty_like(chosen).index_copy_(0, order, chosen) > 0, missed
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (n, p) times one matrix (p, q) for all, or (n, p, q) one for each."""
+    return rows @ matrix if matrix.ndim == 2 else (rows[:, None] @ matrix)[:, 0]
 
 
 def _combinations(m: int, size: int, device: torch.device) -> Tensor:

@@ -68,6 +68,10 @@ class FeedbackSolver:
         self._ideal = torch.stack([gather(x, index) for index in self._samples.inputs], 1)  # (C_in, K, N)
         self._signals: Signals | None = None
         self._gram: Gram | None = None
+        self._columns, self._multipliers = (
+            bases.columns.to(calibration.device),
+            bases.multipliers.to(calibration.device),
+        )
         self._visits = self._order(problems[:-1])
         self._start = self._before(problems[:-1])
         self._penalty = self._penalties()
@@ -85,7 +89,9 @@ class FeedbackSolver:
             group.append(index[order])
             theta.append(kind.theta[order])
         sizes = torch.tensor([0, *(len(kind) for kind in problems)])
-        return Visits(sizes.cumsum(0), torch.cat(group), torch.cat(theta).float())
+        every = (sizes.cumsum(0), torch.cat(group), torch.cat(theta).float())
+        device = self.calibration.device
+        return Visits(*(t.to(device) for t in every), rank.to(device) if settings.order == "random" else None)
 
     def _ideals(self) -> Tensor:
         """What each base set stands for, (B, K, N)."""
@@ -154,38 +160,38 @@ class FeedbackSolver:
     def _solve(self, rows: Tensor, kinds: Tensor, x: Tensor, where: Tensor) -> Attempt:
         """Choose subsets for rows whose kinds ascend."""
         settings, taps, device = self.calibration.settings, self.layer.taps, self.calibration.device
-        begin = self._visits.begin
-        sizes = (begin[1:] - begin[:-1])[kinds]
-        which = torch.repeat_interleave(torch.arange(len(rows)), sizes)
-        visit = begin[kinds][which] + torch.arange(len(which)) - (sizes.cumsum(0) - sizes)[which]
+        slots, kinds_there, begin = rows.to(device), kinds.to(device), self._visits.begin
+        sizes = (begin[1:] - begin[:-1])[kinds_there]
+        which = torch.repeat_interleave(torch.arange(len(rows), device=device), sizes)
+        visit = begin[kinds_there][which] + torch.arange(len(which), device=device) - (sizes.cumsum(0) - sizes)[which]
         group = self._visits.group[visit]
-        offsets = self.bases.columns[group // taps] * taps + (group % taps)[:, None]
+        offsets = self._columns[group // taps] * taps + (group % taps)[:, None]
         weights = source.weights(
-            self.layer, self.calibration.seed, rows[which][:, None].expand_as(offsets).to(device), offsets.to(device)
-        )
-        worth = weights * self.bases.multipliers.to(weights)[(group // taps).to(device)]
-        error, beside = self._error(rows, kinds.to(device))
+            self.layer, self.calibration.seed, slots[which][:, None].expand_as(offsets), offsets
+        )  # fmt: skip
+        worth = weights * self._multipliers[group // taps]
+        error, beside = self._error(rows, kinds_there)
         if not bool(torch.isfinite(error).all()):
             raise ConstructionError(f"layer {self.layer.target}: activations on the calibration images are not finite")
-        chosen, missed = torch.zeros(weights.shape, dtype=torch.bool), torch.zeros(len(rows), dtype=torch.int64)
+        chosen, missed = torch.zeros_like(weights, dtype=torch.bool), torch.zeros_like(kinds)
         if self._signals is not None and len(which):
-            penalty = self._penalty[kinds.to(device)]
+            penalty = self._penalty[kinds_there]
             refined = settings.bound is None and settings.refine > 0
             chosen, missed = choose(
-                self._signals, self._visits, kinds, weights, worth, error, penalty * (SPARSE if refined else 1),
+                self._signals, self._visits, kinds_there, weights, worth, error, penalty * (SPARSE if refined else 1),
                 bound=math.inf if settings.bound is None else settings.bound - ROUNDING, largest=settings.max_subset,
                 sweeps=settings.sweeps,
             )  # fmt: skip
             if refined:
                 self._gram = self._gram or Gram(self._signals)
-                refine(self._signals, self._gram, self._visits, kinds, weights, chosen, error, penalty,
+                refine(self._signals, self._gram, self._visits, kinds_there, weights, chosen, error, penalty,
                        passes=settings.refine)  # fmt: skip
-        chosen, missed = chosen.cpu(), missed.cpu()
-        scale = self.read.behind.scale.to(error)[kinds.to(device)].abs()
+        missed = missed.cpu()
+        scale = self.read.behind.scale.to(error)[kinds_there].abs()
         errors = torch.where(scale == 0, beside, scale * error.square().mean(1).sqrt()).cpu()
         good = (missed == 0) & self._usual(errors, kinds)
-        entry, place = (chosen & good[which][:, None]).nonzero(as_tuple=True)
-        kept_rows, kept_offsets = rows[which[entry]], offsets[entry, place]
+        entry, place = (chosen & good.to(device)[which][:, None]).nonzero(as_tuple=True)
+        kept_rows, kept_offsets = slots[which[entry]].cpu(), offsets[entry, place].cpu()
         if self.bases.paired:
             kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + taps])
         self._run(rows[good], kept_rows, kept_offsets, x, where)

@@ -15,6 +15,7 @@ from ltx import source, subset_sum
 from ltx.source import SourceLayer
 
 CHUNK = 1 << 22  # base values held at a time
+FEW = 1 << 14  # problems up to which a GPU is not worth its launches: the CPU solves them, to the same subsets
 
 
 @dataclass(frozen=True)
@@ -65,39 +66,50 @@ class RowSolver:
         self.layer, self.bases, self.errors = layer, bases, torch.empty(0)
         self.seed, self.epsilon, self.selection, self.device = seed, epsilon, selection, device
         self.sizes = torch.tensor([len(p) for p in problems], dtype=torch.int64)
-        self._begin = self.sizes.cumsum(0) - self.sizes
-        self._base, self._tap, self._theta = (
-            torch.cat([getattr(p, part) for p in problems]) for part in ("base", "tap", "theta")
-        )
+        base, tap, theta = (torch.cat([getattr(p, part) for p in problems]) for part in ("base", "tap", "theta"))
+        begin = self.sizes.cumsum(0) - self.sizes
+        self._tensors = {"cpu": (self.sizes, begin, base, tap, theta, bases.columns, bases.multipliers)}
 
     def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
         """Solve all problems of `rows` (n,), each of its kind (n,)."""
         return in_parts(self._attempt, rows, kinds, self.sizes, CHUNK // max(1, self.bases.columns.shape[-1]))
 
     def _attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
-        counts = self.sizes[kinds]
-        which = torch.repeat_interleave(torch.arange(len(rows)), counts)
-        index = torch.arange(len(which)) - (counts.cumsum(0) - counts - self._begin[kinds])[which]
-        base, tap, theta = self._base[index], self._tap[index], self._theta[index]
-        columns = self.bases.columns[base]  # (P, m)
-        offsets = columns * self.layer.taps + tap[:, None]
-        row = rows[which][:, None].expand_as(offsets)
+        many = int(self.sizes[kinds].sum())
         sums = torch.zeros(len(rows), dtype=torch.float64)
-        if not len(which):
+        if not many:
             nothing = torch.empty(0, dtype=torch.int64)
-            return Attempt(torch.ones(len(rows), dtype=torch.bool), sums, counts, nothing, nothing)
-        weight = source.weights(self.layer, self.seed, row.to(self.device), offsets.to(self.device))
-        values = weight.double() * self.bases.multipliers[base].to(self.device)
-        found = subset_sum.solve(values, theta.to(self.device), self.epsilon, selection=self.selection)
-        error, chosen = torch.as_tensor(found.error).cpu(), torch.as_tensor(found.members(offsets.shape[1])).cpu()
+            return Attempt(torch.ones(len(rows), dtype=torch.bool), sums, self.sizes[kinds], nothing, nothing)
+        device = self.device if many > FEW else "cpu"
+        sizes, begin, base, tap, theta, columns, multipliers = self._on(device)
+        rows, kinds = rows.to(device), kinds.to(device)
+        counts = sizes[kinds]
+        which = torch.repeat_interleave(torch.arange(len(rows), device=device), counts, output_size=many)
+        index = torch.arange(many, device=device) - (counts.cumsum(0) - counts - begin[kinds])[which]
+        base = base[index]
+        offsets = columns[base] * self.layer.taps + tap[index][:, None]  # (P, m)
+        row = rows[which][:, None].expand_as(offsets)
+        weight = source.weights(self.layer, self.seed, row, offsets)
+        values = weight.double() * multipliers[base]
+        found = subset_sum.solve(values, theta[index], self.epsilon, selection=self.selection)
+        error, chosen = torch.as_tensor(found.error), torch.as_tensor(found.members(offsets.shape[1]))
         failures = torch.bincount(which[error > self.epsilon], minlength=len(rows))
         good = failures == 0
-        sums.index_add_(0, which, torch.where(chosen, values.cpu(), 0.0).sum(1))
+        constant = (kinds == len(sizes) - 1)[which].nonzero().flatten()
+        if len(constant):
+            mine = torch.where(chosen[constant], values[constant], 0.0).cpu()  # added up there: the same for any device
+            sums.index_add_(0, which[constant].cpu(), mine.sum(1))
         chosen &= good[which][:, None]
-        kept_rows, kept_offsets = row[chosen], offsets[chosen]
+        kept_rows, kept_offsets = row[chosen].cpu(), offsets[chosen].cpu()
         if self.bases.paired:
             kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + self.layer.taps])
-        return Attempt(good, sums, failures, kept_rows, kept_offsets)
+        return Attempt(good.cpu(), sums, failures.cpu(), kept_rows, kept_offsets)
+
+    def _on(self, device: str) -> tuple[Tensor, ...]:
+        """The problems and base sets of all kinds on a device."""
+        if device not in self._tensors:
+            self._tensors[device] = tuple(tensor.to(device) for tensor in self._tensors["cpu"])
+        return self._tensors[device]
 
     def release(self) -> None:
         """No row will be tried any more."""
@@ -122,7 +134,7 @@ class Attempt:
     """What trying n rows gave."""
 
     good: Tensor  # (n,) bool: every problem was solved
-    sums: Tensor  # (n,) float64: sum over the problems of a row of its subset sums
+    sums: Tensor  # (n,) float64: of a constant row the sum of its subset sums, of others 0
     failures: Tensor  # (n,) int64: problems without a subset within epsilon
     rows: Tensor  # (entries,) int64: the row of each kept entry, of good rows only
     offsets: Tensor  # (entries,) int64: its position i * K + k

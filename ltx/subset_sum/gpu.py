@@ -1,7 +1,8 @@
-"""Subsets by ascending size on a GPU: one problem per thread, a Triton kernel for each size.
+"""Subsets by ascending size on a GPU: one problem per thread, a Triton kernel for the sizes up to 3, which solve most
+problems, and one for each size beyond.
 
-The kernel forms the same float64 sums in the same order as `by_size`, and visits the subsets of a size in the same
-order, so that it chooses the same subsets. Problems that are solved leave before the next size.
+The kernels form the same float64 sums in the same order as `by_size`, and visit the subsets of a size in the same
+order, so that they choose the same subsets. Problems that are solved leave before the sizes beyond.
 """
 
 from __future__ import annotations
@@ -19,6 +20,61 @@ from torch import Tensor
 LARGEST = 1 << 18  # subsets of one size that are still looked at here: all sizes up to m = 20
 THREADS = 128  # problems of one program
 PROGRAMS = 4096  # at least so many programs are made, by sharing the subsets of a problem out, where it pays
+
+
+@triton.jit
+def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, THREADS: tl.constexpr):
+    """The least size up to `largest` (1 to 3) that has a subset within epsilon and its best one, else the best of all.
+
+    values (m, n), float32 or float64; targets, errors, masks and sizes (n,). A sum is a number of float64.
+    """
+    problem = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
+    there = problem < n
+    theta = tl.load(targets + problem, mask=there, other=0.0)
+    error = tl.abs(theta)
+    mask = tl.zeros((THREADS,), tl.int32)
+    size = tl.zeros((THREADS,), tl.int32)
+    one = tl.full((), 1, tl.int32)
+    least = tl.full((THREADS,), float("inf"), tl.float64)
+    code = tl.zeros((THREADS,), tl.int32)
+    for i in range(m):
+        first = tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
+        off = tl.abs(first - theta)
+        better = off < least
+        code = tl.where(better, one << i, code)
+        least = tl.where(better, off, least)
+    take = (error > epsilon) & (least < error)
+    error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 1, size)
+    if largest > 1:
+        least = tl.full((THREADS,), float("inf"), tl.float64)
+        for i in range(m - 1):
+            first = tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
+            for j in range(i + 1, m):
+                second = tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64)
+                off = tl.abs(first + second - theta)
+                better = off < least
+                code = tl.where(better, (one << i) | (one << j), code)
+                least = tl.where(better, off, least)
+        take = (error > epsilon) & (least < error)
+        error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 2, size)
+    if largest > 2:
+        least = tl.full((THREADS,), float("inf"), tl.float64)
+        for i in range(m - 2):
+            first = tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
+            for j in range(i + 1, m - 1):
+                pair = first + tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64)
+                bits = (one << i) | (one << j)
+                for k in range(j + 1, m):
+                    third = tl.load(values + k * n + problem, mask=there, other=0.0).to(tl.float64)
+                    off = tl.abs(pair + third - theta)
+                    better = off < least
+                    code = tl.where(better, bits | (one << k), code)
+                    least = tl.where(better, off, least)
+        take = (error > epsilon) & (least < error)
+        error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 3, size)
+    tl.store(errors + problem, error, mask=there)
+    tl.store(masks + problem, mask.to(tl.int64) & 0xFFFFFFFF, mask=there)
+    tl.store(sizes + problem, size.to(tl.int64), mask=there)
 
 
 @triton.jit
@@ -41,11 +97,11 @@ def _one_size(values, targets, least, chosen, prefixes, n, m, size, count, share
         first = tl.full((), 0, tl.int32)
         for d in range(size - 1):
             index = tl.load(prefixes + p * (size - 1) + d)
-            total += tl.load(values + index * n + problem, mask=there, other=0.0)
+            total += tl.load(values + index * n + problem, mask=there, other=0.0).to(tl.float64)
             bits |= tl.full((), 1, tl.int64) << index
             first = index + 1
         for j in range(first, m):
-            error = tl.abs(total + tl.load(values + j * n + problem, mask=there, other=0.0) - theta)
+            error = tl.abs(total + tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64) - theta)
             better = error < best
             best = tl.where(better, error, best)
             code = tl.where(better, bits | (tl.full((), 1, tl.int64) << j), code)
@@ -65,24 +121,32 @@ def search(values: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, Ten
     """The least size that has a subset within epsilon and its best one, else the best of all sizes looked at.
 
     Args:
-        values, targets: (n, m) and (n,) float64 on the device.
+        values: (m, n) float32 or float64 on the device.
+        targets: (n,) float64 there.
         epsilon: allowed error; negative where all sizes are to be looked at.
 
     Returns:
         mask, size (n,) int64, error (n,) float64, and the largest size that was looked at.
     """
-    n, m = values.shape
-    mask = torch.zeros(n, dtype=torch.int64, device=values.device)
-    size, error = mask.clone(), targets.abs()
+    m, n = values.shape
+    mask = torch.empty(n, dtype=torch.int64, device=values.device)
+    size, error = torch.empty_like(mask), torch.empty_like(targets)
+    looked = min(m, 3)
+    if n:
+        with torch.cuda.device_of(values):
+            _up_to_three[(triton.cdiv(n, THREADS),)](
+                values, targets, error, mask, size, n, m, looked, epsilon, THREADS=THREADS,
+                enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - an option of the launch
+            )  # fmt: skip
     open_ = (error > epsilon).nonzero().flatten()
-    looked = 0
     while len(open_) and looked < m and math.comb(m, looked + 1) <= LARGEST:
         looked += 1
-        least, chosen = _search_size(values[open_].t().contiguous(), targets[open_], looked)
-        better = least < error[open_]
+        least, chosen = _search_size(values[:, open_], targets[open_], looked)
+        before = error[open_]
+        better = (least < before).nonzero().flatten()
         where = open_[better]
         mask[where], size[where], error[where] = chosen[better], looked, least[better]
-        open_ = open_[error[open_] > epsilon]
+        open_ = open_[torch.minimum(least, before) > epsilon]
     return mask, size, error, looked if len(open_) else m
 
 

@@ -21,7 +21,7 @@ from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
 
 SELECTIONS = ("smallest", "best")
 CHUNK = 1 << 14  # problems at a time: what is checked and converted is still in the cache when it is solved
-GPU_VALUES = 1 << 26  # the same on a GPU, where a problem has m values
+GPU_VALUES = 1 << 27  # the same on a GPU, where a problem has m values
 MOST_ENUMERATED = 10  # up to this m, `best` looks at all subsets in vectors; beyond, it meets in the middle
 
 
@@ -126,12 +126,13 @@ def _on_gpu(values: Tensor, targets: np.ndarray | Tensor, within: float) -> Subs
     parts = []
     for begin in range(0, max(1, len(values)), GPU_VALUES // m):
         part = slice(begin, begin + GPU_VALUES // m)
-        x, theta = values[part].double(), _to(values.device, targets[part])
-        total = 2 * (x.abs().sum(1) + theta.abs())
-        if not bool(torch.isfinite(total).all()):
-            bad = int((~torch.isfinite(total)).nonzero()[0])
+        x, theta = values[part], _to(values.device, targets[part])
+        columns = (x if x.dtype == torch.float32 else x.double()).t().contiguous()  # (m, n): a problem a lane
+        total = torch.linalg.vector_norm(columns, 1, 0, dtype=torch.float64) + theta.abs()
+        if not bool(torch.isfinite(2 * total).all()):
+            bad = int((~torch.isfinite(2 * total)).nonzero()[0])
             raise LtxError(f"subset sums: {_what_is_not_finite(_float64(x[bad]), float(theta[bad]), begin + bad)}")
-        mask, size, error, looked = gpu.search(x, theta, within)
+        mask, size, error, looked = gpu.search(columns, theta, within)
         if looked < m:
             hard = (error > within).nonzero().flatten()
             masks, sizes, errors = (t[hard].cpu().numpy() for t in (mask, size, error))
@@ -142,7 +143,7 @@ def _on_gpu(values: Tensor, targets: np.ndarray | Tensor, within: float) -> Subs
             solved = (masks.astype(np.int64), sizes, errors)
             mask[hard], size[hard], error[hard] = (torch.from_numpy(a).to(mask.device) for a in solved)
         parts.append((mask, size, error))
-    return SubsetSums(*(torch.cat(p) for p in zip(*parts, strict=True)))
+    return SubsetSums(*(torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True)))
 
 
 def _enumerated_sizes(m: int, *, every: bool) -> int:
