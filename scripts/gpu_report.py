@@ -1,21 +1,26 @@
 """What a GPU has to show, in one call: agreement with the CPU first, then rates, then times.
 
-    LTX_DATA=... python scripts/gpu_report.py OUTPUT_DIR [SECONDS] [DEVICE]
+    LTX_DATA=... python scripts/gpu_report.py OUTPUT_DIR [SECONDS] [DEVICE] [CHECKPOINT]
 
 Steps run in the order of their worth, each where SECONDS (540) are left, and OUTPUT_DIR/report.json is written behind
 every step, so that a call that is cut off keeps what it has; a second call goes on with the steps that are missing or
-failed. DEVICE (cuda) may be cpu, to try the script itself. The targets are the kept ones.
+failed. DEVICE (cuda) may be cpu, to try the script itself. CHECKPOINT is a ResNet-22 with sigmoid, by default the kept
+one.
 
 tests      `pytest -m gpu`: the same bits, subsets and tickets as on the CPU
 solver     problems a second, m = 15, epsilon = 0.01, uniform; beside two cores; 262,144 answers compared with the CPU's
+tickets    explicit ResNet-22 (sigmoid): construction, again, as the first compiles, and evaluation on the test images
+profiles   where the time of two of these constructions goes, as Python sees it
 epochs     seconds of each epoch of the paper's protocol: one network and four at once, batch sizes, torch.compile
-tickets    explicit ResNet-22 (sigmoid): construction, twice, and evaluation on the test images
 """
 
 from __future__ import annotations
 
+import cProfile
+import io
 import json
 import os
+import pstats
 import statistics
 import subprocess
 import sys
@@ -36,12 +41,11 @@ from ltx.subset_sum.statistics import draw
 from ltx.tasks import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-RESNET = ("target=resnet22", "activation=sigmoid")
+CHECKPOINT = sys.argv[4] if len(sys.argv) > 4 else None
 TICKETS = {
     "L+1 smallest": ("construction=L+1",),
     "2L smallest": ("construction=2L",),
     "L+1 feedback, one sweep": ("construction=L+1", "selection=feedback", "feedback.sweeps=1", "feedback.refine=0"),
-    "L+1 feedback": ("construction=L+1", "selection=feedback"),
 }
 FOUR = ("relu", "leaky_relu", "tanh", "sigmoid")
 VARIANTS = (  # activations, batch size, compiled
@@ -101,16 +105,34 @@ def tickets(device: str) -> dict:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in TICKETS.items():
-            given = [*RESNET, *settings, f"device={device}", f"output_dir={folder}", "force=true"]
-            if device == "cpu":
-                given.append("limit=200")
-            made = [_result("construct", given, "construction*.json") for _ in range(2)]  # the first compiles
-            judged = [_result("eval", given, "result*.json") for _ in range(2)]
+            given = [*_resnet(device), *settings, f"output_dir={folder}"]
+            made = [_result("construct", given, "construction*.json") for _ in range(2)]
+            judged = [_result("eval", given, "result*.json") for _ in range(1 if found else 2)]
             found[name] = {
                 "construction_seconds": [each["seconds"] for each in made], "problems": made[0]["problems"],
                 "evaluation_seconds": [each["seconds"] for each in judged], "result": judged[-1],
             }  # fmt: skip
+            print(json.dumps({name: found[name]}, indent=1), file=sys.stderr)
     return found
+
+
+def profiles(device: str) -> dict:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("L+1 smallest", "L+1 feedback, one sweep"):
+            profile, text = cProfile.Profile(), io.StringIO()
+            given = [*_resnet(device), *TICKETS[name], f"output_dir={folder}"]
+            profile.runcall(_result, "construct", given, "construction*.json")
+            pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(40)
+            found[name] = text.getvalue().splitlines()
+    return found
+
+
+def _resnet(device: str) -> list[str]:
+    given = ["target=resnet22", "activation=sigmoid", f"device={device}", "force=true"]
+    if device == "cpu":
+        given.append("limit=200")
+    return given + ([f"target.checkpoint={CHECKPOINT}"] if CHECKPOINT else [])
 
 
 def _result(command: str, given: list[str], name: str) -> dict:
@@ -157,7 +179,13 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-STEPS: dict[str, Callable[[str], dict]] = {"tests": tests, "solver": solver, "epochs": epochs, "tickets": tickets}
+STEPS: dict[str, Callable[[str], dict]] = {
+    "tests": tests,
+    "solver": solver,
+    "tickets": tickets,
+    "profiles": profiles,
+    "epochs": epochs,
+}
 
 
 def main(folder: Path, seconds: float, device: str) -> None:
@@ -183,8 +211,8 @@ def main(folder: Path, seconds: float, device: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3, 4):
+    if len(sys.argv) not in (2, 3, 4, 5):
         sys.exit(__doc__)
-    _, where, *rest = sys.argv
+    where, *rest = sys.argv[1:4]
     seconds, device = [*rest, *("540", "cuda")[len(rest) :]]
     main(Path(where), float(seconds), device)
