@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -81,8 +80,7 @@ def train(
         checkpoint: safetensors file to resume from and to write; None keeps nothing.
         compiled: train through torch.compile: faster steps after a minute of compilation, other roundings.
 
-    On a GPU a step (one batch: its images, forwards, backwards) is captured once and replayed as a CUDA graph, which
-    may be done in several threads at once, each in a stream of its own.
+    On a GPU a step (one batch: its images, forwards, backwards) is captured once and replayed as a CUDA graph.
 
     Raises:
         CheckpointError: `checkpoint` belongs to other settings.
@@ -165,26 +163,26 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, proto
 class _Captured:
     """A step as a CUDA graph: one launch instead of hundreds. Gradients stay where they were when it was captured."""
 
-    ONE_AT_A_TIME = threading.Lock()  # a capture is disturbed by another one's synchronisation
     WARM_UP = 3  # steps before it; libraries choose their kernels, torch.compile compiles
 
     def __init__(self, step: Callable[..., Tensor], example: tuple[Tensor, ...], model: nn.Module):
         self._inputs = [each.clone() for each in example]
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         stream = torch.cuda.Stream()
-        with self.ONE_AT_A_TIME, torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(self.WARM_UP):
                     step(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._loss = step(*self._inputs)
         model.load_state_dict(state)  # the warm-up moved batch norm's statistics
 
     def __call__(self, *draw: Tensor) -> Tensor:
-        torch._foreach_copy_(self._inputs, list(draw))
+        for mine, given in zip(self._inputs, draw, strict=True):
+            mine.copy_(given)
         self._graph.replay()
         return self._loss
 
@@ -229,8 +227,8 @@ def _train_round(
             optimizer.step()
             schedule.step()
             if protocol.bound is not None:
-                torch._foreach_clamp_min_(bounded, -protocol.bound)
-                torch._foreach_clamp_max_(bounded, protocol.bound)
+                torch._foreach_clamp_min_(bounded, -protocol.bound)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_clamp_max_(bounded, protocol.bound)  # pyright: ignore[reportPrivateImportUsage]
             total, count = total + loss, count + 1
         last = epoch == protocol.epochs
         if not last and time.monotonic() - saved > SAVE_EVERY:

@@ -9,8 +9,8 @@ from ltx import operations
 
 def convolution():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 48, 9, 9, generator=generator)
-    weight, bias = torch.randn(40, 48, 3, 3, generator=generator), torch.randn(40, generator=generator)
+    x = torch.randn(3, 144, 9, 9, generator=generator)
+    weight, bias = torch.randn(130, 144, 3, 3, generator=generator), torch.randn(130, generator=generator)
     return x, weight, bias, 2, 1, 1
 
 

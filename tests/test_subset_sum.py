@@ -167,7 +167,7 @@ import numpy as np, torch
 from ltx.subset_sum import gpu, solve
 rng = np.random.default_rng(0)
 gpu.PROGRAMS, gpu.THREADS = 64, 32  # several programs for a problem too
-for m in (1, 2, 5, 8):
+for m in (1, 2, 3, 4, 5, 9):
     x, theta = rng.uniform(-1, 1, (70, m)), rng.uniform(-2, 2, 70)
     x[:40], theta[:40] = np.round(x[:40] * 2) / 2, np.round(theta[:40] * 2) / 2  # many equal errors
     for selection, within in (("smallest", 0.01), ("best", -1.0)):

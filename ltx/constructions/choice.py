@@ -274,19 +274,7 @@ def _choose_batched(
                 products -= _times(old, signals.gram[g])
             pairs = (w[:, :, None] * w[:, None]).mul_(signals.gram[g]).flatten(1)  # (n, m m)
             linear = torch.addcmul(price, w, products, value=2)
-            best = None
-            for some, both in subsets:
-                both = (some[:, :, None] * some[:, None]).flatten(1) if both is None else both
-                cost = torch.addmm(linear @ some.T, pairs, both.T)
-                if bound < float("inf"):
-                    off = (worth @ some.T - wanted[:, None]).abs()
-                    cost = torch.where(off <= bound, cost, torch.inf)
-                found, index = cost.min(1)
-                if best is None:
-                    least, best = found, some[index]
-                else:
-                    best = torch.where((found < least)[:, None], some[index], best)
-                    least = torch.minimum(least, found)
+            least, best = _cheapest(subsets, linear, pairs, worth, wanted, bound)
             if bound < float("inf"):
                 failed = (least == torch.inf)[:, None]
                 best = torch.where(failed, 0.0, best)
@@ -300,6 +288,30 @@ def _choose_batched(
             error[mine] = e
             kept.copy_(best)
     return torch.empty_like(chosen).index_copy_(0, order, chosen) > 0, missed
+
+
+def _cheapest(
+    subsets: list[tuple[Tensor, Tensor | None]], linear: Tensor, pairs: Tensor, worth: Tensor, wanted: Tensor,
+    bound: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Least cost (n,) and the first subset that has it (n, m); infinite where none is within the bound.
+
+    subsets: in parts (some, m), each with the products of its members (some, m m), or None to form them here.
+    """
+    tried = []
+    for some, both in subsets:
+        both = (some[:, :, None] * some[:, None]).flatten(1) if both is None else both
+        cost = torch.addmm(linear @ some.T, pairs, both.T)
+        if bound < float("inf"):
+            off = (worth @ some.T - wanted[:, None]).abs()
+            cost = torch.where(off <= bound, cost, torch.inf)
+        found, index = cost.min(1)
+        tried.append((found, some[index]))
+    least, best = tried[0]
+    for found, subset in tried[1:]:
+        best = torch.where((found < least)[:, None], subset, best)
+        least = torch.minimum(least, found)
+    return least, best
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:

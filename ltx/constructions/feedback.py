@@ -89,9 +89,11 @@ class FeedbackSolver:
             group.append(index[order])
             theta.append(kind.theta[order])
         sizes = torch.tensor([0, *(len(kind) for kind in problems)])
-        every = (sizes.cumsum(0), torch.cat(group), torch.cat(theta).float())
         device = self.calibration.device
-        return Visits(*(t.to(device) for t in every), rank.to(device) if settings.order == "random" else None)
+        return Visits(
+            sizes.cumsum(0).to(device), torch.cat(group).to(device), torch.cat(theta).float().to(device),
+            rank.to(device) if settings.order == "random" else None,
+        )  # fmt: skip
 
     def _ideals(self) -> Tensor:
         """What each base set stands for, (B, K, N)."""

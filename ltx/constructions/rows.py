@@ -68,7 +68,9 @@ class RowSolver:
         self.sizes = torch.tensor([len(p) for p in problems], dtype=torch.int64)
         base, tap, theta = (torch.cat([getattr(p, part) for p in problems]) for part in ("base", "tap", "theta"))
         begin = self.sizes.cumsum(0) - self.sizes
-        self._tensors = {"cpu": (self.sizes, begin, base, tap, theta, bases.columns, bases.multipliers)}
+        self._tensors: dict[str, tuple[Tensor, ...]] = {
+            "cpu": (self.sizes, begin, base, tap, theta, bases.columns, bases.multipliers)
+        }
 
     def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
         """Solve all problems of `rows` (n,), each of its kind (n,)."""

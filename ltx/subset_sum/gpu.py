@@ -79,42 +79,50 @@ def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, 
 
 @triton.jit
 def _one_size(values, targets, least, chosen, prefixes, n, m, size, count, share, THREADS: tl.constexpr):
-    """Least error over the subsets of `size` of each problem, and the first of them, for one share of the prefixes.
+    """Least error over the subsets of `size` (at least 4) of each problem, and the first of them, for one share of the
+    prefixes.
 
-    values (m, n), targets (n,); least and chosen (shares, n); prefixes (count, size - 1): all subsets without their
-    last index, in lexicographic order.
+    values (m, n), targets (n,); least and chosen (shares, n); prefixes (count, size - 3): all subsets without their
+    last three indices, in lexicographic order.
     """
     problem = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     there = problem < n
     theta = tl.load(targets + problem, mask=there, other=0.0)
     best = tl.full((THREADS,), float("inf"), tl.float64)
-    code = tl.zeros((THREADS,), tl.int64)
+    code = tl.zeros((THREADS,), tl.int32)
+    one = tl.full((), 1, tl.int32)
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, count)
     for p in range(begin, end):
         total = tl.zeros((THREADS,), tl.float64)
-        bits = tl.full((), 0, tl.int64)
-        first = tl.full((), 0, tl.int32)
-        for d in range(size - 1):
-            index = tl.load(prefixes + p * (size - 1) + d)
+        bits = tl.full((), 0, tl.int32)
+        start = tl.full((), 0, tl.int32)
+        for d in range(size - 3):
+            index = tl.load(prefixes + p * (size - 3) + d)
             total += tl.load(values + index * n + problem, mask=there, other=0.0).to(tl.float64)
-            bits |= tl.full((), 1, tl.int64) << index
-            first = index + 1
-        for j in range(first, m):
-            error = tl.abs(total + tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64) - theta)
-            better = error < best
-            best = tl.where(better, error, best)
-            code = tl.where(better, bits | (tl.full((), 1, tl.int64) << j), code)
+            bits |= one << index
+            start = index + 1
+        for i in range(start, m - 2):
+            first = total + tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
+            for j in range(i + 1, m - 1):
+                second = first + tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64)
+                most = bits | (one << i) | (one << j)
+                for k in range(j + 1, m):
+                    third = tl.load(values + k * n + problem, mask=there, other=0.0).to(tl.float64)
+                    error = tl.abs(second + third - theta)
+                    better = error < best
+                    code = tl.where(better, most | (one << k), code)
+                    best = tl.where(better, error, best)
     out = tl.program_id(1) * n + problem
     tl.store(least + out, best, mask=there)
-    tl.store(chosen + out, code, mask=there)
+    tl.store(chosen + out, code.to(tl.int64) & 0xFFFFFFFF, mask=there)
 
 
 @lru_cache(maxsize=64)
 def _prefixes(m: int, size: int, device: str) -> Tensor:
-    """The subsets of `size` of m indices without their last index, each once, in lexicographic order."""
-    rows = list(combinations(range(m - 1), size - 1))
-    return torch.from_numpy(np.array(rows, dtype=np.int32).reshape(len(rows), size - 1)).to(device)
+    """The subsets of `size` of m indices without their last three indices, each once, in lexicographic order."""
+    rows = list(combinations(range(m - 3), size - 3))
+    return torch.from_numpy(np.array(rows, dtype=np.int32).reshape(len(rows), size - 3)).to(device)
 
 
 def search(values: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -151,11 +159,11 @@ def search(values: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, Ten
 
 
 def _search_size(values: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Least error (n,) and the first subset that has it, over the subsets of `size` of values (m, n)."""
+    """Least error (n,) and the first subset that has it, over the subsets of `size` (at least 4) of values (m, n)."""
     m, n = values.shape
     prefixes = _prefixes(m, size, str(values.device))
     programs = triton.cdiv(n, THREADS)
-    shares = max(1, min(PROGRAMS // programs, len(prefixes) // 32))
+    shares = max(1, min(PROGRAMS // programs, len(prefixes) // 4))
     share = triton.cdiv(len(prefixes), shares)
     shares = triton.cdiv(len(prefixes), share)
     least = torch.empty(shares, n, dtype=torch.float64, device=values.device)
