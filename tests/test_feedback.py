@@ -352,6 +352,27 @@ def _refine_batched(*tensors, passes):
     refine._refine_batched(*tensors, passes)
 
 
+@both
+@pytest.mark.parametrize("batch_norm", ["keep", "fold"])
+def test_values_at_samples_are_those_of_all_positions(monkeypatch, construction, batch_norm):
+    seen, plain = [], feedback.FeedbackSolver._error
+
+    def compared(self, rows, kinds):
+        for ours, _, _ in self._others:
+            whole = feedback.gather(self.calibration.at(ours, rows), self._samples.output)
+            some = self.calibration.at(ours, rows, self._samples.output)
+            torch.testing.assert_close(some[0], whole, equal_nan=True)
+            seen.append(ours)
+        return plain(self, rows, kinds)
+
+    monkeypatch.setattr(feedback.FeedbackSolver, "_error", compared)
+    construct(
+        small_resnet("tanh"), construction=construction, base_set_size=10, selection="feedback", batch_norm=batch_norm,
+        calibration=images(64, 8), feedback=FEW,
+    )  # fmt: skip
+    assert len(set(seen)) > 3
+
+
 @pytest.mark.gpu
 @both
 def test_gpu_makes_as_good_a_ticket(construction):

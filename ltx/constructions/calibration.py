@@ -20,6 +20,8 @@ from ltx.source import SourceLayer
 from ltx.sparse_conv import SparseConvolution
 from ltx.ticket import TicketNode
 
+_ELEMENTWISE = ("layer", "activation", "batch_norm", "add")  # where a value depends on those at its own position alone
+
 
 def images_sha256(images: Tensor) -> str:
     """By which a ticket names its calibration images."""
@@ -102,9 +104,15 @@ class Calibration:
         for name in layers:
             self._rows.pop(name, None)
 
-    def at(self, name: str, slots: Tensor) -> Tensor:
-        """The values of slots at a node of the ticket, (images, len(slots), ...); NaN where a row was not solved."""
+    def at(self, name: str, slots: Tensor, samples: Tensor | None = None) -> Tensor:
+        """The values of slots at a node of the ticket, (images, len(slots), ...); NaN where a row was not solved.
+
+        Args:
+            samples: (N,) flat positions (image, pixel) there: of these alone, (1, len(slots), N).
+        """
         node = self.nodes[name]
+        if samples is not None and node.op not in _ELEMENTWISE:
+            return gather(self.at(name, slots), samples)[None]
         if node.op == "input":
             return self.images[:, slots.to(self.device)]
         if node.op == "flatten" and name in self._image:
@@ -112,14 +120,15 @@ class Calibration:
             return self.at(node.inputs[0], every).flatten(1)[:, slots.to(self.device)]
         if node.op == "layer" and node.attributes["layer"] in self._copies:
             column, entry, constant = self._copies[node.attributes["layer"]]
-            x = self.at(node.inputs[0], column[slots].clamp_min(0))
+            x = self.at(node.inputs[0], column[slots].clamp_min(0), samples)
             shape = (-1, *[1] * (x.ndim - 2))
             fixed = constant[slots].to(self.device).view(shape)
             return entry[slots.to(self.device)].view(shape) * torch.where(fixed, 1.0, x)
         if node.op == "layer":
-            return self._rows[node.attributes["layer"]].at(slots)
+            return self._rows[node.attributes["layer"]].at(slots, samples)
         # of a sum what takes longer first, so that hundreds of megabytes do not wait for it at every block
-        values = {before: self.at(before, slots) for before in sorted(node.inputs, key=self._depth, reverse=True)}
+        order = sorted(node.inputs, key=self._depth, reverse=True)
+        values = {before: self.at(before, slots, samples) for before in order}
         inputs = [values.pop(before) if node.inputs.count(before) == 1 else values[before] for before in node.inputs]
         if node.op == "activation":
             return from_attributes(node.attributes).fn(inputs[0])
@@ -178,10 +187,15 @@ class _Rows:
         self._where[slots] = torch.arange(have, have + len(slots))
         self.values = values if self.values is None else torch.cat([self.values, values], 1)
 
-    def at(self, slots: Tensor) -> Tensor:
+    def at(self, slots: Tensor, samples: Tensor | None = None) -> Tensor:
+        """Of all positions, or as `Calibration.at` of some."""
         assert self.values is not None
         known = slots < len(self._where)
         where = torch.where(known, self._where[slots.where(known, 0)], -1)
+        if samples is not None:
+            found = gather(self.values, samples, where)
+            found[where.to(found.device) < 0] = math.nan
+            return found[None]
         if torch.equal(where, torch.arange(self.values.shape[1])):
             return self.values
         where = where.to(self.values.device)
@@ -224,12 +238,18 @@ class Samples:
         return cls(output, torch.where(inside, (image * inputs[2] + row) * inputs[3] + column, -1))
 
 
-def gather(values: Tensor, index: Tensor) -> Tensor:
-    """Elements (C, N) of values (n, C, ...) at flat positions `index` (N,) over images and pixels; 0 where it is -1."""
+def gather(values: Tensor, index: Tensor, channels: Tensor | None = None) -> Tensor:
+    """Elements (C, N) of values (n, C, ...) at flat positions `index` (N,) over images and pixels; 0 where it is -1.
+
+    Args:
+        channels: which ones, (C,); all in their order where none are named.
+    """
     flat = values.flatten(2) if values.ndim > 2 else values[:, :, None]
     index = index.to(values.device)
     image, pixel = index.clamp_min(0) // flat.shape[2], index.clamp_min(0) % flat.shape[2]
-    return torch.where(index >= 0, flat[image, :, pixel].T, 0.0)
+    if channels is None:
+        return torch.where(index >= 0, flat[image, :, pixel].T, 0.0)
+    return torch.where(index >= 0, flat[image, channels.to(values.device)[:, None], pixel], 0.0)
 
 
 def apply_rows(

@@ -247,7 +247,7 @@ class FeedbackSolver:
         scale = self.read.behind.scale.to(error)
         total = torch.zeros_like(error) if self._others else error[:, :1] * 0
         for ours, theirs, by in self._others:
-            there = gather(self.calibration.at(ours, rows), self._samples.output)
+            there = self.calibration.at(ours, rows, self._samples.output)[0]
             off = (there - gather(theirs, self._samples.output)[kinds]).nan_to_num(0.0)
             total += by.to(scale)[kinds, None] * off
         if self._others:
