@@ -2,9 +2,8 @@
 
 import json
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from conftest import images, small_cnn, small_resnet
@@ -12,7 +11,6 @@ from torch import nn
 
 from ltx import Feedback, LtxError, Ticket, construct, operations, verify
 from ltx.constructions import choice, feedback, refine
-from ltx.constructions.choice import Signals, Visits, choose
 from ltx.deviation import ticket_deviations
 from ltx.graph import trace
 
@@ -21,90 +19,7 @@ everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"
 FEW = Feedback(samples=400)
 
 
-def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0, common=False):
-    """common: all kinds visit their groups in one order, each some of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=generator) * 2 - 1
-
-    ideal = uniform(groups, samples)
-    signals = Signals.of(ideal[:, None] + 0.2 * uniform(groups, m, samples), ideal)
-    visits = Visits(
-        torch.arange(kinds + 1) * groups,
-        torch.cat([torch.randperm(groups, generator=generator) for _ in range(kinds)]),
-        uniform(kinds * groups),
-    )
-    if common:
-        rank = torch.randperm(groups, generator=generator)
-        mine = [rank.argsort()[torch.rand(groups, generator=generator) < 0.7] for _ in range(kinds)]
-        begin = torch.tensor([0, *map(len, mine)]).cumsum(0)
-        visits = Visits(begin, torch.cat(mine), visits.theta[: begin[-1]], rank)
-    rows = torch.arange(kinds).repeat_interleave(copies)
-    sizes = (visits.begin[1:] - visits.begin[:-1])[rows]
-    weights = uniform(int(sizes.sum()), m)
-    return signals, visits, rows, weights, uniform(len(rows), samples)
-
-
-@pytest.mark.parametrize(
-    ("bound", "largest", "sweeps", "penalty"),
-    [
-        (np.inf, 3, 1, 0),
-        (np.inf, 3, 2, 0.5),
-        (0.05, 3, 2, 0),
-        (np.inf, 4, 1, 0.1),
-        (np.inf, 1, 2, 0),
-        (0.01, 2, 1, 0),
-        (np.inf, 7, 2, 0),
-        (0.02, 6, 1, 0),
-    ],
-)
-@pytest.mark.parametrize("common", [False, True])
-def test_both_kernels_choose_alike(common, bound, largest, sweeps, penalty):
-    signals, visits, rows, weights, error = random_rows(common=common)
-    penalties, other = torch.full((len(rows),), float(penalty)), error.clone()
-    how = (bound, largest, sweeps)
-    ours = choose(signals, visits, rows, weights, weights, error, penalties, bound=bound, largest=largest,
-                  sweeps=sweeps)  # fmt: skip
-    theirs = choice._choose_batched(signals, visits, rows, weights, weights, other, penalties, *how)
-    assert torch.equal(ours[1], theirs[1])
-    assert (bound == np.inf) == (int(ours[1].sum()) == 0)
-    assert torch.equal(ours[0], theirs[0])
-    torch.testing.assert_close(error, other, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("penalty", [0, 2])
-@pytest.mark.parametrize("bound", [np.inf, 0.3])
-def test_a_choice_is_the_best_of_all_subsets(penalty, bound):
-    signals, visits, rows, weights, error = random_rows(groups=1, kinds=1, copies=9)
-    before = error.clone()
-    chosen, missed = choose(signals, visits, rows, weights, weights, error, torch.full((9,), float(penalty)),
-                            bound=bound, largest=3, sweeps=1)  # fmt: skip
-    x, theta = signals.slots[0].double(), float(visits.theta[0])
-    for row in range(9):
-        w, e = weights[row].double(), before[row].double() - theta * signals.ideal[0].double()
-        costs = {
-            subset: float((e + w[list(subset)] @ x[list(subset)]).square().sum()) + penalty * len(subset)
-            for size in range(4) for subset in combinations(range(7), size)
-            if abs(float(w[list(subset)].sum()) - theta) <= bound
-        }  # fmt: skip
-        mine = tuple(chosen[row].nonzero().flatten().tolist())
-        assert (missed[row] > 0) == (not costs)
-        if costs:
-            assert costs[mine] == pytest.approx(min(costs.values()), rel=1e-4)
-            left = float(error[row].double().square().sum()) + penalty * len(mine)
-            assert left == pytest.approx(costs[mine], rel=1e-4)
-
-
-def test_the_error_of_a_row_never_rises_in_a_sweep():
-    errors = []
-    for sweeps in (1, 2, 3, 6):
-        signals, visits, rows, weights, error = random_rows(groups=30, samples=200)
-        choose(signals, visits, rows, weights, weights, error, torch.zeros(len(rows)), bound=np.inf, largest=3,
-               sweeps=sweeps)  # fmt: skip
-        errors.append(error.square().sum(1))
-    assert all((after <= before * (1 + 1e-5)).all() for before, after in pairwise(errors))
-    assert errors[-1].sum() < 0.95 * errors[0].sum()
+def test_the_error_of_a_layer_never_rises_with_sweeps():
     claims = [
         construct(small_resnet(), base_set_size=8, selection="feedback", calibration=images(64, 8),
                   feedback=replace(FEW, sweeps=sweeps, refine=0, penalty=0.0, reject=None)).errors["conv"]
@@ -350,27 +265,6 @@ def _batched(*tensors, bound, largest, sweeps):
 
 def _refine_batched(*tensors, passes):
     refine._refine_batched(*tensors, passes)
-
-
-@both
-@pytest.mark.parametrize("batch_norm", ["keep", "fold"])
-def test_values_at_samples_are_those_of_all_positions(monkeypatch, construction, batch_norm):
-    seen, plain = [], feedback.FeedbackSolver._error
-
-    def compared(self, rows, kinds):
-        for ours, _, _ in self._others:
-            whole = feedback.gather(self.calibration.at(ours, rows), self._samples.output)
-            some = self.calibration.at(ours, rows, self._samples.output)
-            torch.testing.assert_close(some[0], whole, equal_nan=True)
-            seen.append(ours)
-        return plain(self, rows, kinds)
-
-    monkeypatch.setattr(feedback.FeedbackSolver, "_error", compared)
-    construct(
-        small_resnet("tanh"), construction=construction, base_set_size=10, selection="feedback", batch_norm=batch_norm,
-        calibration=images(64, 8), feedback=FEW,
-    )  # fmt: skip
-    assert len(set(seen)) > 3
 
 
 @pytest.mark.gpu

@@ -192,14 +192,10 @@ class _Rows:
         assert self.values is not None
         known = slots < len(self._where)
         where = torch.where(known, self._where[slots.where(known, 0)], -1)
-        if samples is not None:
-            found = gather(self.values, samples, where)
-            found[where.to(found.device) < 0] = math.nan
-            return found[None]
-        if torch.equal(where, torch.arange(self.values.shape[1])):
+        if samples is None and torch.equal(where, torch.arange(self.values.shape[1])):
             return self.values
         where = where.to(self.values.device)
-        found = self.values[:, where]
+        found = self.values[:, where] if samples is None else gather(self.values, samples, where)[None]
         if bool((where < 0).any()):
             found[:, where < 0] = math.nan
         return found
