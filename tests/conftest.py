@@ -1,4 +1,4 @@
-"""Fixtures: small random targets, the command line in-process, real MNIST where it is."""
+"""Fixtures: small random targets and problems, the command line in-process, real MNIST where it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from ltx import cli
 from ltx.activations import ACTIVATIONS
+from ltx.constructions.choice import Signals, Visits
 from ltx.data import Split
 from ltx.targets import resnet22
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
@@ -69,6 +70,34 @@ def images(count: int = 16, size: int = 6, *, seed: int = 0, low: float = -1.0) 
     """Uniform images in [low, 1), (count, 1, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, 1, size, size, generator=generator) * (1 - low) + low
+
+
+def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0, common=False):
+    """Signals, visits, kinds of rows, weights and errors for the kernels of feedback.
+
+    common: all kinds visit their groups in one order, each some of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=generator) * 2 - 1
+
+    ideal = uniform(groups, samples)
+    signals = Signals.of(ideal[:, None] + 0.2 * uniform(groups, m, samples), ideal)
+    visits = Visits(
+        torch.arange(kinds + 1) * groups,
+        torch.cat([torch.randperm(groups, generator=generator) for _ in range(kinds)]),
+        uniform(kinds * groups),
+    )
+    if common:
+        rank = torch.randperm(groups, generator=generator)
+        mine = [rank.argsort()[torch.rand(groups, generator=generator) < 0.7] for _ in range(kinds)]
+        begin = torch.tensor([0, *map(len, mine)]).cumsum(0)
+        visits = Visits(begin, torch.cat(mine), visits.theta[: begin[-1]], rank)
+    rows = torch.arange(kinds).repeat_interleave(copies)
+    sizes = (visits.begin[1:] - visits.begin[:-1])[rows]
+    weights = uniform(int(sizes.sum()), m)
+    return signals, visits, rows, weights, uniform(len(rows), samples)
 
 
 def some(split: Split, count: int) -> Split:

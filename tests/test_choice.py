@@ -5,34 +5,10 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import random_rows
 
 from ltx.constructions import choice
-from ltx.constructions.choice import Signals, Visits, choose
-
-
-def random_rows(*, groups=12, m=7, samples=60, kinds=3, copies=5, seed=0, common=False):
-    """common: all kinds visit their groups in one order, each some of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=generator) * 2 - 1
-
-    ideal = uniform(groups, samples)
-    signals = Signals.of(ideal[:, None] + 0.2 * uniform(groups, m, samples), ideal)
-    visits = Visits(
-        torch.arange(kinds + 1) * groups,
-        torch.cat([torch.randperm(groups, generator=generator) for _ in range(kinds)]),
-        uniform(kinds * groups),
-    )
-    if common:
-        rank = torch.randperm(groups, generator=generator)
-        mine = [rank.argsort()[torch.rand(groups, generator=generator) < 0.7] for _ in range(kinds)]
-        begin = torch.tensor([0, *map(len, mine)]).cumsum(0)
-        visits = Visits(begin, torch.cat(mine), visits.theta[: begin[-1]], rank)
-    rows = torch.arange(kinds).repeat_interleave(copies)
-    sizes = (visits.begin[1:] - visits.begin[:-1])[rows]
-    weights = uniform(int(sizes.sum()), m)
-    return signals, visits, rows, weights, uniform(len(rows), samples)
+from ltx.constructions.choice import choose
 
 
 @pytest.mark.parametrize(

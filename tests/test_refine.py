@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from test_choice import random_rows
+from conftest import random_rows
 
 from ltx.constructions import refine as module
 from ltx.constructions.refine import Gram, refine

@@ -20,7 +20,8 @@ from ltx.source import SourceLayer
 from ltx.sparse_conv import SparseConvolution
 from ltx.ticket import TicketNode
 
-_ELEMENTWISE = ("layer", "activation", "batch_norm", "add")  # where a value depends on those at its own position alone
+# values at a position need those there alone (of layers: their rows' outputs are stored, or copies)
+_ELEMENTWISE = ("layer", "activation", "batch_norm", "add")
 
 
 def images_sha256(images: Tensor) -> str:
@@ -238,14 +239,13 @@ def gather(values: Tensor, index: Tensor, channels: Tensor | None = None) -> Ten
     """Elements (C, N) of values (n, C, ...) at flat positions `index` (N,) over images and pixels; 0 where it is -1.
 
     Args:
-        channels: which ones, (C,); all in their order where none are named.
+        channels: which ones, (C,) on the device of the values; all in their order where none are named.
     """
     flat = values.flatten(2) if values.ndim > 2 else values[:, :, None]
     index = index.to(values.device)
     image, pixel = index.clamp_min(0) // flat.shape[2], index.clamp_min(0) % flat.shape[2]
-    if channels is None:
-        return torch.where(index >= 0, flat[image, :, pixel].T, 0.0)
-    return torch.where(index >= 0, flat[image, channels.to(values.device)[:, None], pixel], 0.0)
+    found = flat[image, :, pixel].T if channels is None else flat[image, channels[:, None], pixel]
+    return torch.where(index >= 0, found, 0.0)
 
 
 def apply_rows(
