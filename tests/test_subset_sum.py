@@ -49,7 +49,7 @@ def assert_equals_brute_force(x, theta, epsilon, selection, found):
 def enumerated(request, monkeypatch):
     """Up to which size subsets are enumerated before the halves meet: few values would never get there as shipped."""
     if request.param != "as shipped":
-        monkeypatch.setattr(solver, "_enumerated_sizes", lambda m, **_: m if m == 1 else min(m, int(request.param)))
+        monkeypatch.setattr(solver, "_enumerated_sizes", lambda m, _: m if m == 1 else min(m, int(request.param)))
     return request.param
 
 
@@ -97,7 +97,7 @@ def test_halves_equal_enumeration(selection, law, monkeypatch):
         )
     answers = []
     for sizes in (14, 0, 2, 5):
-        monkeypatch.setattr(solver, "_enumerated_sizes", lambda m, sizes=sizes, **_: sizes)
+        monkeypatch.setattr(solver, "_enumerated_sizes", lambda m, _, sizes=sizes: sizes)
         answers.append(solve(x, theta, 1e-4, selection=selection))
     for other in answers[1:]:
         np.testing.assert_array_equal(answers[0].mask, other.mask)

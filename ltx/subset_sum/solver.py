@@ -22,7 +22,7 @@ from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
 SELECTIONS = ("smallest", "best")
 CHUNK = 1 << 14  # problems at a time: what is checked and converted is still in the cache when it is solved
 GPU_VALUES = 1 << 27  # the same on a GPU, where a problem has m values
-MOST_ENUMERATED = 10  # up to this m, `best` looks at all subsets in vectors; beyond, it meets in the middle
+MOST_ENUMERATED = 11  # up to this m, `best` looks at all subsets in vectors; beyond, it meets in the middle
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _on_cpu(values, targets, within: float) -> tuple[np.ndarray, np.ndarray, np.
     """Masks, sizes and errors of the problems; within < 0 asks for the best of all subsets."""
     n, m = values.shape
     mask, size, error = np.empty(n, np.uint32), np.empty(n, np.int64), np.empty(n)
-    sizes = _enumerated_sizes(m, every=within < 0)
+    sizes = _enumerated_sizes(m, within)
     for begin in range(0, n, CHUNK):
         part = slice(begin, begin + CHUNK)
         x, theta = _float64(values[part]), _float64(targets[part])
@@ -146,13 +146,18 @@ def _on_gpu(values: Tensor, targets: np.ndarray | Tensor, within: float) -> Subs
     return SubsetSums(*(torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True)))
 
 
-def _enumerated_sizes(m: int, *, every: bool) -> int:
-    """Up to which size enumeration is quicker than meeting in the middle (measured)."""
-    if every:
+def _enumerated_sizes(m: int, within: float) -> int:
+    """Up to which size enumeration is quicker than meeting in the middle (measured, for values of about 1).
+
+    It is worth more as long as few subsets were looked at for this epsilon: the next size solves most problems then,
+    while those that are left of many subsets are hard in every size.
+    """
+    if within < 0:
         return m if m <= MOST_ENUMERATED else 0
-    size = 1
-    while size < m and math.comb(m, size + 1) <= 8 * 2 ** (m / 2):
+    size, looked = 0, 0
+    while size < m and math.comb(m, size + 1) <= (32 if looked * within < 10 else 8) * 2 ** (m / 2):
         size += 1
+        looked += math.comb(m, size)
     return size
 
 
