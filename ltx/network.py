@@ -125,7 +125,11 @@ class TicketNetwork(nn.Module):
     def _narrow(self, x: Tensor, node: TicketNode, position: int) -> Tensor:
         """Of an input of a node the channels that the node takes."""
         key = f"{self._keys[node.name]}_take{position}"
-        return x[:, self.get_buffer(key)] if hasattr(self, key) else x
+        if not hasattr(self, key):
+            return x
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # and so it stays
+            return x.permute(0, 2, 3, 1)[..., self.get_buffer(key)].permute(0, 3, 1, 2)
+        return x[:, self.get_buffer(key)]
 
     def _held(self, name: str) -> tuple[Tensor, Tensor]:
         key = self._keys[name]

@@ -7,10 +7,10 @@ from torch import nn
 from ltx import operations
 
 
-def convolution():
+def convolution(channels=145, out=130):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 144, 9, 9, generator=generator)
-    weight, bias = torch.randn(130, 144, 3, 3, generator=generator), torch.randn(130, generator=generator)
+    x = torch.randn(3, channels, 9, 9, generator=generator)
+    weight, bias = torch.randn(out, channels, 3, 3, generator=generator), torch.randn(out, generator=generator)
     return x, weight, bias, 2, 1, 1
 
 
@@ -21,15 +21,21 @@ def error(found, x, weight, bias, *others):
 
 def rounded(x):
     """To TensorFloat-32, as a GPU does with the factors of a convolution."""
-    return ((x.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+    return ((x.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
 
 
-def test_three_convolutions_of_fewer_bits_give_that_of_all(monkeypatch):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("channels", "out"), [(145, 130), (144, 132), (7, 5)])
+def test_two_convolutions_of_fewer_bits_give_that_of_all(monkeypatch, channels, out, layout):
     plain = nn.functional.conv2d
     monkeypatch.setattr(nn.functional, "conv2d", lambda x, w, *rest: plain(rounded(x), rounded(w), *rest))
-    arguments = convolution()
-    assert error(nn.functional.conv2d(*arguments), *arguments) > 1e-4
-    assert error(operations._in_three(*arguments), *arguments) < 1e-6
+    x, *others = convolution(channels, out)
+    assert error(nn.functional.conv2d(x, *others), x, *others) > 1e-4
+    found = operations._in_two(x.to(memory_format=layout), *others)
+    assert error(found, x, *others) < 1e-6
+    assert torch.relu(found).is_contiguous(memory_format=torch.channels_last)
+    without_bias = operations._in_two(x, others[0], None, *others[2:])
+    torch.testing.assert_close(without_bias + others[1].view(-1, 1, 1), found)
 
 
 def test_a_split_number_is_the_sum_of_its_parts():

@@ -15,6 +15,7 @@ from ltx.constructions import Statistics
 from ltx.constructions.sampled import PROBLEMS, sampled
 from ltx.deviation import sampled_deviations, ticket_deviations
 from ltx.graph import above, fold_batch_norm, run, trace
+from ltx.network import TicketNetwork
 from ltx.subset_sum import sample
 from ltx.ticket import CONSTANT, DEAD
 
@@ -304,6 +305,21 @@ def test_the_account_of_deviations():
     found = sampled_deviations(trace(changed), graph, images(size=8))
     assert [d.node for d in found] == names
     assert 0 < found[0].deviation < 0.1
+
+
+@both
+def test_a_ticket_runs_the_same_on_images_of_either_layout(construction):
+    """On a GPU the channels of a position lie side by side, and stay so where a node takes some of them only."""
+    ticket = construct(small_resnet("tanh", blocks=3), construction=construction, base_set_size=14, epsilon=0.02)
+    network, x = TicketNetwork(ticket, dense=True), images(size=8)
+    narrowed = [name for name, _ in network.named_buffers() if "_take" in name]
+    assert narrowed or construction == "2L"
+    adds = [node.name for node in ticket.graph if node.op == "add"]
+    with torch.no_grad():
+        expected, found = (network.run(each, keep=adds) for each in (x, x.to(memory_format=torch.channels_last)))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    assert all(found[name].is_contiguous(memory_format=torch.channels_last) for name in adds)
 
 
 @pytest.mark.gpu

@@ -23,6 +23,47 @@ PROGRAMS = 4096  # at least so many programs are made, by sharing the subsets of
 
 
 @triton.jit
+def _last_index(row, bit, begin, m, n, total, bits, theta, least, code):
+    """Look at the subsets that add one of the indices from `begin` on to those of `bits`, whose sum is `total`.
+
+    row: where the values of `begin` lie, bit: its bit; they go along with the index, which costs half of what
+    computing them from it does. least: the difference, signed, of the best subset so far, code: its bits.
+    """
+    for _ in range(begin, m):
+        off = total + tl.load(row).to(tl.float64) - theta
+        better = tl.abs(off) < tl.abs(least)
+        code = tl.where(better, bits | bit, code)
+        least = tl.where(better, off, least)
+        row += n
+        bit = bit << 1
+    return least, code
+
+
+@triton.jit
+def _last_two(row, bit, begin, m, n, total, bits, theta, least, code):
+    """The same with two of these indices."""
+    for i in range(begin, m - 1):
+        both = total + tl.load(row).to(tl.float64)
+        more = bits | bit
+        row += n
+        bit = bit << 1
+        least, code = _last_index(row, bit, i + 1, m, n, both, more, theta, least, code)
+    return least, code
+
+
+@triton.jit
+def _last_three(row, bit, begin, m, n, total, bits, theta, least, code):
+    """The same with three of these indices."""
+    for i in range(begin, m - 2):
+        both = total + tl.load(row).to(tl.float64)
+        more = bits | bit
+        row += n
+        bit = bit << 1
+        least, code = _last_two(row, bit, i + 1, m, n, both, more, theta, least, code)
+    return least, code
+
+
+@triton.jit
 def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, THREADS: tl.constexpr):
     """The least size up to `largest` (1 to 3) that has a subset within epsilon and its best one, else the best of all.
 
@@ -30,46 +71,28 @@ def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, 
     """
     problem = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     there = problem < n
-    theta = tl.load(targets + problem, mask=there, other=0.0)
+    problem = tl.minimum(problem, n - 1)
+    theta = tl.load(targets + problem)
     error = tl.abs(theta)
     mask = tl.zeros((THREADS,), tl.int32)
     size = tl.zeros((THREADS,), tl.int32)
+    row = values + problem
+    empty = tl.zeros((THREADS,), tl.float64)
+    nothing = tl.full((), 0, tl.int32)
     one = tl.full((), 1, tl.int32)
-    least = tl.full((THREADS,), float("inf"), tl.float64)
-    code = tl.zeros((THREADS,), tl.int32)
-    for i in range(m):
-        first = tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
-        off = tl.abs(first - theta)
-        better = off < least
-        code = tl.where(better, one << i, code)
-        least = tl.where(better, off, least)
+    none = tl.full((THREADS,), float("inf"), tl.float64)
+    least, code = _last_index(row, one, 0, m, n, empty, nothing, theta, none, mask)
+    least = tl.abs(least)
     take = (error > epsilon) & (least < error)
     error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 1, size)
     if largest > 1:
-        least = tl.full((THREADS,), float("inf"), tl.float64)
-        for i in range(m - 1):
-            first = tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
-            for j in range(i + 1, m):
-                second = tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64)
-                off = tl.abs(first + second - theta)
-                better = off < least
-                code = tl.where(better, (one << i) | (one << j), code)
-                least = tl.where(better, off, least)
+        least, code = _last_two(row, one, 0, m, n, empty, nothing, theta, none, code)
+        least = tl.abs(least)
         take = (error > epsilon) & (least < error)
         error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 2, size)
     if largest > 2:
-        least = tl.full((THREADS,), float("inf"), tl.float64)
-        for i in range(m - 2):
-            first = tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
-            for j in range(i + 1, m - 1):
-                pair = first + tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64)
-                bits = (one << i) | (one << j)
-                for k in range(j + 1, m):
-                    third = tl.load(values + k * n + problem, mask=there, other=0.0).to(tl.float64)
-                    off = tl.abs(pair + third - theta)
-                    better = off < least
-                    code = tl.where(better, bits | (one << k), code)
-                    least = tl.where(better, off, least)
+        least, code = _last_three(row, one, 0, m, n, empty, nothing, theta, none, code)
+        least = tl.abs(least)
         take = (error > epsilon) & (least < error)
         error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 3, size)
     tl.store(errors + problem, error, mask=there)
@@ -87,7 +110,8 @@ def _one_size(values, targets, least, chosen, prefixes, n, m, size, count, share
     """
     problem = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     there = problem < n
-    theta = tl.load(targets + problem, mask=there, other=0.0)
+    problem = tl.minimum(problem, n - 1)
+    theta = tl.load(targets + problem)
     best = tl.full((THREADS,), float("inf"), tl.float64)
     code = tl.zeros((THREADS,), tl.int32)
     one = tl.full((), 1, tl.int32)
@@ -99,22 +123,13 @@ def _one_size(values, targets, least, chosen, prefixes, n, m, size, count, share
         start = tl.full((), 0, tl.int32)
         for d in range(size - 3):
             index = tl.load(prefixes + p * (size - 3) + d)
-            total += tl.load(values + index * n + problem, mask=there, other=0.0).to(tl.float64)
+            total += tl.load(values + index * n + problem).to(tl.float64)
             bits |= one << index
             start = index + 1
-        for i in range(start, m - 2):
-            first = total + tl.load(values + i * n + problem, mask=there, other=0.0).to(tl.float64)
-            for j in range(i + 1, m - 1):
-                second = first + tl.load(values + j * n + problem, mask=there, other=0.0).to(tl.float64)
-                most = bits | (one << i) | (one << j)
-                for k in range(j + 1, m):
-                    third = tl.load(values + k * n + problem, mask=there, other=0.0).to(tl.float64)
-                    error = tl.abs(second + third - theta)
-                    better = error < best
-                    code = tl.where(better, most | (one << k), code)
-                    best = tl.where(better, error, best)
+        row = values + start * n + problem
+        best, code = _last_three(row, one << start, start, m, n, total, bits, theta, best, code)
     out = tl.program_id(1) * n + problem
-    tl.store(least + out, best, mask=there)
+    tl.store(least + out, tl.abs(best), mask=there)
     tl.store(chosen + out, code.to(tl.int64) & 0xFFFFFFFF, mask=there)
 
 
