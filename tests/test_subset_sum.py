@@ -164,32 +164,71 @@ def test_no_accepted_subset_exceeds_epsilon(drawn, selection):
 
 GPU_SCRIPT = """
 import numpy as np, torch
-from ltx.subset_sum import gpu, solve
+from ltx.subset_sum import gpu, solve, solver
 rng = np.random.default_rng(0)
-gpu.PROGRAMS, gpu.THREADS = 64, 32  # several programs for a problem too
+gpu.PROGRAMS, gpu.THREADS, solver.GPU_VALUES = 64, 32, 300  # several programs for a problem too, and parts
 for m in (1, 2, 3, 4, 5, 9):
     x, theta = rng.uniform(-1, 1, (70, m)), rng.uniform(-2, 2, 70)
     x[:40], theta[:40] = np.round(x[:40] * 2) / 2, np.round(theta[:40] * 2) / 2  # many equal errors
-    for selection, within in (("smallest", 0.01), ("best", -1.0)):
-        for kind in (np.float64, np.float32):
-            columns = torch.from_numpy(x.astype(kind)).t().contiguous()
-            mask, size, error, looked = gpu.search(columns, torch.from_numpy(theta), within)
-            found = solve(x.astype(kind), theta, 0.01, selection=selection)
-            assert looked == m
-            for ours, theirs in zip((found.mask, found.size, found.error), (mask, size, error)):
-                assert (ours == theirs.numpy()).all(), (m, selection)
+    for kind in (np.float64, np.float32):
+        values, targets = torch.tensor(x.astype(kind)), torch.tensor(theta)
+        columns, bad = gpu.transposed(values, targets)
+        assert bad is None and torch.equal(columns, values.T) and columns.is_contiguous()
+        wide = torch.zeros(140, 2 * m, dtype=values.dtype)
+        wide[::2, ::2] = values
+        assert torch.equal(gpu.transposed(wide[::2, ::2], targets)[0], columns)
+        for problem, s, what in ((69, m - 1, np.inf), (40, 0, -np.inf), (33, 0, np.nan)):  # the first one counts
+            values[problem, s] = what
+            assert gpu.transposed(values, targets)[1] == problem
+        values[7, 0] = float(np.finfo(kind).max)  # a sum of which overflows in float64 only
+        assert gpu.transposed(values, targets)[1] == (7 if kind is np.float64 else 33)
+        targets[2] = np.nan
+        assert gpu.transposed(values, targets)[1] == 2
+        for selection, within in (("smallest", 0.01), ("best", -1.0)):
+            expected = solve(x.astype(kind), theta, 0.01, selection=selection)
+            found = solver._on_gpu(torch.tensor(x.astype(kind)), theta, within)
+            for name in ("mask", "size", "error"):
+                assert (getattr(found, name).numpy() == getattr(expected, name)).all(), (m, selection, name)
 print("same")
 """
 
 
-def test_gpu_kernel_chooses_the_same_subsets_when_interpreted():
-    """Triton's interpreter runs the kernel without a GPU."""
+def test_gpu_kernels_choose_the_same_subsets_when_interpreted():
+    """Triton's interpreter runs the kernels without a GPU."""
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-c", GPU_SCRIPT], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.stdout == "same\n", done.stderr
+
+
+@pytest.mark.parametrize("values", ["*fp32", "*fp64"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_gpu_kernels_compile_without_a_gpu(values, capability, tmp_path, monkeypatch):
+    """Numbers that are 1 are constants to Triton's compiler, which takes other ways with them."""
+    pytest.importorskip("triton", minversion="3.3")
+    from triton import compile as compiled
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ltx.subset_sum import gpu
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kinds = {"values": values, "columns": values, "prefixes": "*i32", "epsilon": "fp64", "first": "*i32"}
+    kinds |= dict.fromkeys(("n", "m", "row", "column", "largest", "size", "count", "share"), "i32")
+    kinds |= dict.fromkeys(("targets", "errors", "least"), "*fp64")
+    kinds |= dict.fromkeys(("masks", "sizes", "chosen"), "*i64")
+    for kernel, ones in (
+        (gpu._up_to_three, ()), (gpu._up_to_three, ("n", "m", "largest")),
+        (gpu._one_size, ()), (gpu._one_size, ("n", "count", "share")),
+        (gpu._transpose, ()), (gpu._transpose, ("n", "m", "row", "column")),
+    ):  # fmt: skip
+        known = {"THREADS": gpu.THREADS, "WIDTH": 16, **dict.fromkeys(ones, 1)}
+        known = {name: value for name, value in known.items() if name in kernel.arg_names}
+        signature = {name: "constexpr" if name in known else kinds[name] for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=known)
+        assert "cubin" in compiled(source, target=GPUTarget("cuda", capability, 32)).asm
 
 
 @pytest.mark.gpu

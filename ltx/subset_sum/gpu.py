@@ -23,6 +23,27 @@ PROGRAMS = 4096  # at least so many programs are made, by sharing the subsets of
 
 
 @triton.jit
+def _transpose(values, targets, columns, first, n, m, row, column, WIDTH: tl.constexpr, THREADS: tl.constexpr):
+    """values (n, m), `row` and `column` numbers apart, to columns (m, n).
+
+    first: one number, lowered to the first problem whose values and target may overflow a sum, or are not finite.
+    """
+    problem = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
+    index = tl.arange(0, WIDTH)
+    there = problem < n
+    both = there[:, None] & (index < m)[None, :]
+    x = tl.load(
+        values + problem.to(tl.int64)[:, None] * row + index.to(tl.int64)[None, :] * column, mask=both, other=0.0
+    )
+    tl.store(columns + index[None, :] * n + problem[:, None], x, mask=both)
+    theta = tl.load(targets + problem, mask=there, other=0.0)
+    total = tl.abs(theta) + tl.sum(tl.abs(x.to(tl.float64)), 1)
+    sound = total + total < float("inf")  # which NaN is not
+    bad = tl.min(tl.where(sound, n, problem), 0)
+    tl.atomic_min(first, bad, mask=bad < n, sem="relaxed")
+
+
+@triton.jit
 def _last_index(row, bit, begin, m, n, total, bits, theta, least, code):
     """Look at the subsets that add one of the indices from `begin` on to those of `bits`, whose sum is `total`.
 
@@ -138,6 +159,24 @@ def _prefixes(m: int, size: int, device: str) -> Tensor:
     """The subsets of `size` of m indices without their last three indices, each once, in lexicographic order."""
     rows = list(combinations(range(m - 3), size - 3))
     return torch.from_numpy(np.array(rows, dtype=np.int32).reshape(len(rows), size - 3)).to(device)
+
+
+def transposed(values: Tensor, targets: Tensor) -> tuple[Tensor, int | None]:
+    """values (n, m) as (m, n), so that neighbouring threads read neighbouring numbers, with a check on the way.
+
+    Returns:
+        (m, n), and the first problem with an entry that is not finite or so large that a sum may overflow, or None.
+    """
+    n, m = values.shape
+    columns, first = values.new_empty(m, n), torch.full((1,), n, dtype=torch.int32, device=values.device)
+    if n:
+        with torch.cuda.device_of(values):
+            _transpose[(triton.cdiv(n, THREADS),)](
+                values, targets, columns, first, n, m, *values.stride(),
+                WIDTH=triton.next_power_of_2(m), THREADS=THREADS,  # pyright: ignore[reportArgumentType] - constants
+            )  # fmt: skip
+    bad = int(first)
+    return columns, None if bad == n else bad
 
 
 def search(values: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, int]:

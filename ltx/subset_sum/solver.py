@@ -127,10 +127,8 @@ def _on_gpu(values: Tensor, targets: np.ndarray | Tensor, within: float) -> Subs
     for begin in range(0, max(1, len(values)), GPU_VALUES // m):
         part = slice(begin, begin + GPU_VALUES // m)
         x, theta = values[part], _to(values.device, targets[part])
-        columns = (x if x.dtype == torch.float32 else x.double()).t().contiguous()  # (m, n): a problem a lane
-        total = torch.linalg.vector_norm(columns, 1, 0, dtype=torch.float64) + theta.abs()
-        if not bool(torch.isfinite(2 * total).all()):
-            bad = int((~torch.isfinite(2 * total)).nonzero()[0])
+        columns, bad = gpu.transposed(x if x.dtype == torch.float32 else x.double(), theta)
+        if bad is not None:
             raise LtxError(f"subset sums: {_what_is_not_finite(_float64(x[bad]), float(theta[bad]), begin + bad)}")
         mask, size, error, looked = gpu.search(columns, theta, within)
         if looked < m:
