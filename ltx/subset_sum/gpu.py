@@ -1,5 +1,5 @@
 """Subsets by ascending size on a GPU: one problem per thread, a Triton kernel for the sizes up to 3, which solve most
-problems, and one for each size beyond.
+problems, and one for each size beyond. Before them, one lays the values of neighbouring problems side by side.
 
 The kernels form the same float64 sums in the same order as `by_size`, and visit the subsets of a size in the same
 order, so that they choose the same subsets. Problems that are solved leave before the sizes beyond.
@@ -85,6 +85,13 @@ def _last_three(row, bit, begin, m, n, total, bits, theta, least, code):
 
 
 @triton.jit
+def _if_better(error, mask, size, least, code, new_size, epsilon):
+    """The best subset so far, or the best one of a larger size where that is better and none is within epsilon."""
+    take = (error > epsilon) & (least < error)
+    return tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, new_size, size)
+
+
+@triton.jit
 def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, THREADS: tl.constexpr):
     """The least size up to `largest` (1 to 3) that has a subset within epsilon and its best one, else the best of all.
 
@@ -103,19 +110,13 @@ def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, 
     one = tl.full((), 1, tl.int32)
     none = tl.full((THREADS,), float("inf"), tl.float64)
     least, code = _last_index(row, one, 0, m, n, empty, nothing, theta, none, mask)
-    least = tl.abs(least)
-    take = (error > epsilon) & (least < error)
-    error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 1, size)
+    error, mask, size = _if_better(error, mask, size, tl.abs(least), code, 1, epsilon)
     if largest > 1:
         least, code = _last_two(row, one, 0, m, n, empty, nothing, theta, none, code)
-        least = tl.abs(least)
-        take = (error > epsilon) & (least < error)
-        error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 2, size)
+        error, mask, size = _if_better(error, mask, size, tl.abs(least), code, 2, epsilon)
     if largest > 2:
         least, code = _last_three(row, one, 0, m, n, empty, nothing, theta, none, code)
-        least = tl.abs(least)
-        take = (error > epsilon) & (least < error)
-        error, mask, size = tl.where(take, least, error), tl.where(take, code, mask), tl.where(take, 3, size)
+        error, mask, size = _if_better(error, mask, size, tl.abs(least), code, 3, epsilon)
     tl.store(errors + problem, error, mask=there)
     tl.store(masks + problem, mask.to(tl.int64) & 0xFFFFFFFF, mask=there)
     tl.store(sizes + problem, size.to(tl.int64), mask=there)

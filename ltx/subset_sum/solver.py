@@ -172,7 +172,8 @@ def _float64(array: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _to(device: torch.device, array: np.ndarray | Tensor) -> Tensor:
-    return (array if isinstance(array, Tensor) else torch.from_numpy(_float64(array))).to(device, torch.float64)
+    array = array if isinstance(array, Tensor) else torch.from_numpy(_float64(array))
+    return array.to(device, torch.float64).contiguous()
 
 
 @numba.njit(cache=True, parallel=True)
