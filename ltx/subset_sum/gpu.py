@@ -44,43 +44,43 @@ def _transpose(values, targets, columns, first, n, m, row, column, WIDTH: tl.con
 
 
 @triton.jit
-def _last_index(row, bit, begin, m, n, total, bits, theta, least, code):
+def _add(row, bit, n, total, bits):
+    """Sum and bits with one index more, whose values lie at `row`, and where those of the next one lie, and its bit.
+
+    They go along with the index: computing them from it costs twice as many instructions a subset.
+    """
+    return total + tl.load(row).to(tl.float64), bits | bit, row + n, bit << 1
+
+
+@triton.jit
+def _last_one(row, bit, begin, m, n, total, bits, theta, least, code):
     """Look at the subsets that add one of the indices from `begin` on to those of `bits`, whose sum is `total`.
 
-    row: where the values of `begin` lie, bit: its bit; they go along with the index, which costs half of what
-    computing them from it does. least: the difference, signed, of the best subset so far, code: its bits.
+    least: the difference, signed, of the best subset so far, code: its bits. (Triton 3.2 knows no recursion.)
     """
     for _ in range(begin, m):
-        off = total + tl.load(row).to(tl.float64) - theta
-        better = tl.abs(off) < tl.abs(least)
-        code = tl.where(better, bits | bit, code)
-        least = tl.where(better, off, least)
-        row += n
-        bit = bit << 1
+        found, chosen, row, bit = _add(row, bit, n, total, bits)
+        better = tl.abs(found - theta) < tl.abs(least)
+        code = tl.where(better, chosen, code)
+        least = tl.where(better, found - theta, least)
     return least, code
 
 
 @triton.jit
 def _last_two(row, bit, begin, m, n, total, bits, theta, least, code):
-    """The same with two of these indices."""
+    """`_last_one` for two of these indices."""
     for i in range(begin, m - 1):
-        both = total + tl.load(row).to(tl.float64)
-        more = bits | bit
-        row += n
-        bit = bit << 1
-        least, code = _last_index(row, bit, i + 1, m, n, both, more, theta, least, code)
+        found, chosen, row, bit = _add(row, bit, n, total, bits)
+        least, code = _last_one(row, bit, i + 1, m, n, found, chosen, theta, least, code)
     return least, code
 
 
 @triton.jit
 def _last_three(row, bit, begin, m, n, total, bits, theta, least, code):
-    """The same with three of these indices."""
+    """`_last_one` for three of these indices."""
     for i in range(begin, m - 2):
-        both = total + tl.load(row).to(tl.float64)
-        more = bits | bit
-        row += n
-        bit = bit << 1
-        least, code = _last_two(row, bit, i + 1, m, n, both, more, theta, least, code)
+        found, chosen, row, bit = _add(row, bit, n, total, bits)
+        least, code = _last_two(row, bit, i + 1, m, n, found, chosen, theta, least, code)
     return least, code
 
 
@@ -109,7 +109,7 @@ def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, 
     nothing = tl.full((), 0, tl.int32)
     one = tl.full((), 1, tl.int32)
     none = tl.full((THREADS,), float("inf"), tl.float64)
-    least, code = _last_index(row, one, 0, m, n, empty, nothing, theta, none, mask)
+    least, code = _last_one(row, one, 0, m, n, empty, nothing, theta, none, mask)
     error, mask, size = _if_better(error, mask, size, tl.abs(least), code, 1, epsilon)
     if largest > 1:
         least, code = _last_two(row, one, 0, m, n, empty, nothing, theta, none, code)
