@@ -10,7 +10,7 @@ from pathlib import Path
 
 @lru_cache
 def here() -> dict[str, str]:
-    """Versions of ltx, torch and Python, the commit (with + where the tree differs from it), the processor."""
+    """Versions of ltx, torch and Python, the commit (+: the tree differs from it), the processor and its vectors."""
     import torch
 
     from ltx import __version__
@@ -20,7 +20,7 @@ def here() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "processor": _processor(),
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
     }
 
 
