@@ -16,14 +16,12 @@ from ltx.activations import from_attributes
 from ltx.errors import ConstructionError
 from ltx.feedback import Feedback
 from ltx.graph import Graph, Node, evaluate
-from ltx.memory import keep_freed_memory
 from ltx.source import SourceLayer
 from ltx.sparse_conv import SparseConvolution
 from ltx.ticket import TicketNode
 
 # values at a position need those there alone (of layers: their rows' outputs are stored, or copies)
 _ELEMENTWISE = ("layer", "activation", "batch_norm", "add")
-KEPT = 1 << 27  # bytes of a block: beyond are the outputs of whole layers, which stay until their stream is done
 
 
 def images_sha256(images: Tensor) -> str:
@@ -53,7 +51,6 @@ class Calibration:
 
     def __init__(self, graph: Graph, images: Tensor, settings: Feedback, *, seed: int, device: str):
         settings.check()
-        keep_freed_memory(below=KEPT)
         fits = images.ndim == 4 and len(images) > 0 and images.is_floating_point()
         if not fits or not bool(torch.isfinite(images).all()):
             raise ConstructionError(
@@ -135,10 +132,10 @@ class Calibration:
         values = {before: self.at(before, slots, samples) for before in order}
         inputs = [values.pop(before) if node.inputs.count(before) == 1 else values[before] for before in node.inputs]
         if node.op == "activation":
-            return self._mapped(from_attributes(node.attributes).fn, inputs[0])
+            return from_attributes(node.attributes).fn(inputs[0])
         if node.op == "batch_norm":
             scale, shift = (t.to(self.device) for t in self.norms[name](slots))
-            return self._mapped(lambda x: operations.scale_and_shift(x, scale, shift), inputs[0])
+            return operations.scale_and_shift(inputs[0], scale, shift)
         if node.op == "add":
             one, other = inputs if not self._held(inputs[0]) else reversed(inputs)
             return one + other if self._held(one) else one.add_(other)
@@ -152,14 +149,6 @@ class Calibration:
 
     def _held(self, values: Tensor) -> bool:
         return values is self.images or any(values is rows.values for rows in self._rows.values())
-
-    def _mapped(self, function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        """An elementwise function of values (n, C, ...), in their place unless they are held."""
-        if self._held(values):
-            return function(values)
-        for image in values.split(1):
-            image.copy_(function(image))
-        return values
 
     def behind(self, name: str, places: Mapping[str, str]) -> Behind:
         """Where the error of the rows of layer `name` is measured.
