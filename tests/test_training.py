@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from ltx import data, training
 from ltx.errors import CheckpointError, LtxError
@@ -97,6 +98,30 @@ def test_shifts_and_mirrors_are_of_the_images(splits):
             seen.add(found[0])
     assert {s[0] for s in seen} == {False, True}
     assert len({s[1:] for s in seen}) > 15
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_gradients_keep_the_layout_of_images(activation):
+    """Convolutions and batch norm are fast over channels-last tensors; one contiguous gradient would spread."""
+    torch.manual_seed(0)
+    model = build("resnet22", activation, shape=(3, 32, 32), classes=10)
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_full_backward_hook(lambda _, __, given, name=name: outputs.update({name: given[0]}))
+    gradients = []
+    for pool in (model.pool, nn.AdaptiveAvgPool2d(1)):
+        model.pool = pool
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        if len(gradients) == 1:
+            assert len(outputs) == 21
+            for name, gradient in outputs.items():
+                assert gradient.is_contiguous(memory_format=torch.channels_last), name
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_ends_at_the_density_within_the_bound_and_learns(splits):

@@ -16,6 +16,7 @@ from ltx.evaluation import eval_mode
 from ltx.graph.concatenation import CONCATENATION, take_apart
 from ltx.graph.nodes import BatchNorm, Graph, Layer, Node
 from ltx.targets.masked import Masked
+from ltx.targets.resnet import GlobalAveragePool
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -24,7 +25,8 @@ class _Tracer(fx.Tracer):
     """Layers are leaves, whatever module their class was defined in."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+        layers = nn.Conv2d | nn.Linear | GlobalAveragePool
+        return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> Graph:
