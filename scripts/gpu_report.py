@@ -28,13 +28,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numba
 import torch
+import training_speed  # beside this file
 
-from ltx import cli, data, subset_sum, targets, training
+from ltx import cli, data, subset_sum
 from ltx.files import write_json
 from ltx.subset_sum.statistics import draw
 from ltx.tasks import provenance
@@ -144,20 +144,10 @@ def epochs(device: str) -> dict:
     splits = [
         data.load("cifar10", train=train, root=Path(os.environ["LTX_DATA"]), device=device) for train in (True, False)
     ]
-    spec, found = data.dataset_spec("cifar10"), {}
+    found = {}
     for batch_size, compiled in VARIANTS:
-        torch.manual_seed(0)
-        model = targets.build("resnet22", "relu", shape=spec.shape, classes=spec.classes)
-        times = [time.perf_counter()]
-        protocol = training.Protocol(
-            rounds=1, epochs=4 if device == "cuda" else 1, batch_size=batch_size, crop=4, flip=True
-        )
-
-        def note(_: training.Progress, times: list[float] = times) -> None:
-            times.append(time.perf_counter())  # the loss in it has waited for the device
-
-        training.train(model, *splits, protocol, 0.5, seed=0, compiled=compiled, on_progress=note)
-        seconds = [after - before for before, after in pairwise(times)]
+        count = 4 if device == "cuda" else 1
+        seconds = training_speed.epochs("relu", *splits, count=count, batch_size=batch_size, compiled=compiled)
         found[f"batches of {batch_size}{', compiled' if compiled else ''}"] = seconds
     return found
 

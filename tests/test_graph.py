@@ -63,6 +63,9 @@ def test_functions_modules_and_dropout_give_one_graph():
         lambda x: x.mean((2, 3), True).flatten(1),
         lambda x: nn.functional.avg_pool2d(x, 6).view(x.size(0), -1),
         lambda x: nn.functional.avg_pool2d(x, kernel_size=(6, 6), stride=2).flatten(1),
+        lambda x: nn.functional.avg_pool2d(x, x.shape[2:]).flatten(1),
+        lambda x: nn.functional.avg_pool2d(x, kernel_size=x.size()[-2:], stride=1).flatten(1),
+        lambda x: nn.functional.avg_pool2d(x, [x.size(2), x.size(dim=-1)]).view(x.size(0), -1),
         lambda x: nn.functional.adaptive_avg_pool2d(x, 1).flatten(1),
     ],
 )
@@ -107,6 +110,23 @@ def test_a_view_of_the_width_that_a_linear_layer_reads_flattens(flat):
 def test_other_views_are_refused(flat):
     model = random_net(lambda s, x: s.d(flat(s.a(x))), a=nn.Conv2d(1, 2, 3), d=nn.Linear(72, 2))
     with pytest.raises(ConstructionError, match=r"view.*keeps one row per image"):
+        trace(model)
+
+
+@pytest.mark.parametrize(
+    "pooled",
+    [
+        lambda x: nn.functional.avg_pool2d(x, x.size(3)),  # all of the image only where it is square
+        lambda x: nn.functional.avg_pool2d(x, (x.size(3), x.size(2))),
+        lambda x: nn.functional.avg_pool2d(x, torch.relu(x).shape[2:]),  # of another tensor
+        lambda x: nn.functional.avg_pool2d(x, 2, x.size(3)),
+        lambda x: nn.functional.max_pool2d(x, x.shape[2:]),
+        lambda x: nn.functional.adaptive_avg_pool2d(x, x.shape[2:]),
+    ],
+)
+def test_pools_of_other_sizes_of_tensors_are_refused(pooled):
+    model = random_net(lambda s, x: pooled(s.a(x)), a=nn.Conv2d(1, 2, 3))
+    with pytest.raises(ConstructionError, match=r"pool2d.*both sides of it: avg_pool2d\(x, x.shape\[2:\]\)"):
         trace(model)
 
 

@@ -179,6 +179,7 @@ def test_what_is_wrong_with_a_residual_ticket_is_found():
 
     sums = next(n for n in honest.graph if n.op == "add")
     others = [n.name for n in honest.graph if n.op == "batch_norm" and n.name not in sums.inputs]
+    pool = next(n.name for n in honest.graph if n.op == "avg_pool")
     slots = honest.slots["blocks.0.conv2"]
     dead = torch.where(slots == slots.max(), DEAD, slots)
     wrong = {
@@ -188,7 +189,7 @@ def test_what_is_wrong_with_a_residual_ticket_is_found():
         "another shift": given("blocks.0.bn1.bias", lambda t: t + 0.01),
         "batch norm of too few slots": given("bn.weight", lambda t: t[:-1]),
         "a dead slot that is read": replace(honest, slots={**honest.slots, "blocks.0.conv2": dead}),
-        "another pooling": node("pool", op="max_pool", attributes={"kernel_size": 2, "stride": 2, "padding": 0}),
+        "another pooling": node(pool, op="max_pool", attributes={"kernel_size": 2, "stride": 2, "padding": 0}),
         "no batch norm": replace(honest, graph=tuple(
             replace(n, inputs=tuple(i if i != "bn" else "conv" for i in n.inputs))
             for n in honest.graph if n.name != "bn"

@@ -16,7 +16,6 @@ from ltx.evaluation import eval_mode
 from ltx.graph.concatenation import CONCATENATION, take_apart
 from ltx.graph.nodes import BatchNorm, Graph, Layer, Node
 from ltx.targets.masked import Masked
-from ltx.targets.resnet import GlobalAveragePool
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -25,8 +24,7 @@ class _Tracer(fx.Tracer):
     """Layers are leaves, whatever module their class was defined in."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layers = nn.Conv2d | nn.Linear | GlobalAveragePool
-        return isinstance(m, layers) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> Graph:
@@ -60,7 +58,7 @@ def trace(model: nn.Module) -> Graph:
     sizes: set[fx.Node] = set()  # numbers, of which a view tells how it flattens
     _write_out_means(traced)
     for fx_node in traced.nodes:
-        if _is_size(fx_node, sizes):
+        if _sides(fx_node):
             sizes.add(fx_node)
             continue
         inputs = tuple(alias[a.name] for a in _tensors(fx_node) if a not in sizes)
@@ -105,13 +103,23 @@ def _write_out_means(traced: fx.Graph) -> None:
         traced.erase_node(node)
 
 
-def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
-    """Whether it is x.size(...), x.shape or an entry of one."""
-    if node.op == "call_method" and node.target == "size":
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return str(node.args[1]) == "shape"
-    return node.op == "call_function" and node.target is operator.getitem and node.args[0] in sizes
+def _sides(value: object) -> list[tuple[object, int]]:
+    """The tensors, and which of their up to four dimensions, whose sizes a value holds; none where it is no size."""
+    if isinstance(value, tuple | list):
+        return [side for each in value for side in _sides(each)]
+    if not isinstance(value, fx.Node) or value.op not in ("call_method", "call_function"):
+        return []
+    if value.target is operator.getitem:
+        return _entries(_sides(value.args[0]), value.args[1])
+    if value.target == "size" or (value.target is getattr and value.args[1] == "shape"):
+        which = (*value.args[1:], *value.kwargs.values()) if value.target == "size" else ()
+        return _entries([(value.args[0], dimension) for dimension in range(4)], which[0] if which else slice(None))
+    return []
+
+
+def _entries(sides: list, at: object) -> list:
+    at = slice(at, at + 1 or None) if isinstance(at, int) else at
+    return sides[at] if isinstance(at, slice) else []
 
 
 def _leading_to_the_output(nodes: list[Node]) -> tuple[Node, ...]:
@@ -218,6 +226,7 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
     if node.target in (nn.functional.max_pool2d, torch.max_pool2d):
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        _require_numbers(node.name, "max_pool2d", given)
         if given.get("return_indices") or _pair(given.get("dilation", 1)) != (1, 1):
             raise _refuse(node.name, "max_pool2d", "return_indices and dilation are not supported")
         return _max_pool(
@@ -225,8 +234,13 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
             bool(given.get("ceil_mode", False)),
         )  # fmt: skip
     if node.target is nn.functional.avg_pool2d:
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        return _avg_pool(node.name, inputs, dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs))
+        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        image = given.pop("input")
+        if _sides(given["kernel_size"]) == [(image, 2), (image, 3)]:
+            given |= {"kernel_size": None, "stride": None}  # whatever it is, there is one position
+        _require_numbers(node.name, "avg_pool2d", given)
+        return _avg_pool(node.name, inputs, given)
     if node.target in _FUNCTIONS:
         family = _FUNCTIONS[node.target]  # type: ignore[index]
         values = dict(zip(family.parameters, node.args[1:], strict=False)) | {
@@ -251,6 +265,7 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
         return Node(node.name, CONCATENATION, inputs) if len(inputs) > 1 else None
     if node.target is nn.functional.adaptive_avg_pool2d:
         size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+        _require_numbers(node.name, "adaptive_avg_pool2d", {"output_size": size})
         return _average(node.name, inputs, size)
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     raise _refuse(node.name, str(what), _LEAVE_OUT if str(what) in ("softmax", "log_softmax") else "not supported")
@@ -258,11 +273,13 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
 
 def _is_batch_size(value: object) -> bool:
     """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
-    if not isinstance(value, fx.Node):
-        return False
-    if value.target == "size":
-        return (value.args[1:] or tuple(value.kwargs.values())) == (0,)
-    return value.target is operator.getitem and bool(value.args[1] == 0)
+    return [dimension for _, dimension in _sides(value)] == [0]
+
+
+def _require_numbers(name: str, what: str, given: Mapping) -> None:
+    if _sides(list(given.values())):
+        why = "sizes of tensors only for an average over all of an image, both sides of it: avg_pool2d(x, x.shape[2:])"
+        raise _refuse(name, what, why)
 
 
 def _widths_read(model: nn.Module, node: fx.Node) -> list[int]:
@@ -286,6 +303,8 @@ def _max_pool(name: str, inputs: tuple[str, ...], kernel, stride, padding, ceil_
 def _avg_pool(name: str, inputs: tuple[str, ...], given: Mapping) -> Node:
     if given.get("ceil_mode") or _pair(given.get("padding", 0)) != (0, 0) or given.get("divisor_override"):
         raise _refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
+    if given["kernel_size"] is None:
+        return _average(name, inputs, 1)
     size = _pair(given["kernel_size"])
     attributes = {"kernel_size": size, "stride": _pair(given.get("stride") or size)}
     return Node(name, "avg_pool", inputs, attributes=attributes)

@@ -38,20 +38,6 @@ class Block(nn.Module):
         return self.phi2(y + self.shortcut(x))
 
 
-class GlobalAveragePool(nn.AdaptiveAvgPool2d):
-    """Average over the whole image, with gradients in the layout of its input.
-
-    PyTorch's own hands back contiguous gradients of channels-last images. Backwards, tanh and sigmoid pass that layout
-    on, through every skip of the last stage, and batch norm takes ten times as long over it.
-    """
-
-    def __init__(self):
-        super().__init__(1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(input, input.shape[2:])
-
-
 class ResNet(nn.Module):
     """conv, bn, phi, three stages of blocks with 1, 2 and 4 times the width, average pool, linear.
 
@@ -72,12 +58,13 @@ class ResNet(nn.Module):
                 stages.append(Block(before, channels, activation, stride=2 if stage and not block else 1))
                 before = channels
         self.blocks = nn.Sequential(*stages)
-        self.pool = GlobalAveragePool()
         self.fc = MaskedLinear(before, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.phi(self.bn(self.conv(x)))
-        x = self.pool(self.blocks(x))
+        x = self.blocks(self.phi(self.bn(self.conv(x))))
+        # not adaptive_avg_pool2d or mean: their gradients are contiguous, which tanh and sigmoid pass on through every
+        # skip of the last stage, and batch norm takes ten times as long over gradients that are not channels-last
+        x = nn.functional.avg_pool2d(x, x.shape[2:])
         return self.fc(torch.flatten(x, 1))
 
 
