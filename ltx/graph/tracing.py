@@ -55,13 +55,11 @@ def trace(model: nn.Module) -> Graph:
     alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
     memory: dict[str, str] = {}  # node -> the node whose tensor it is a view of
     overwritten: dict[str, str] = {}  # node -> what has changed its tensor in place
-    sizes: set[fx.Node] = set()  # numbers, of which a view tells how it flattens
     _write_out_means(traced)
     for fx_node in traced.nodes:
         if _sides(fx_node):
-            sizes.add(fx_node)
-            continue
-        inputs = tuple(alias[a.name] for a in _tensors(fx_node) if a not in sizes)
+            continue  # numbers, by which a view tells how it flattens, or a pool that it is of all of an image
+        inputs = tuple(alias[a.name] for a in _tensors(fx_node) if not _sides(a))
         for name in inputs:
             if memory[name] in overwritten:
                 raise _refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
