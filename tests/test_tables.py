@@ -41,6 +41,15 @@ def test_numbers_stand_beside_the_papers():
     assert row.ratio == pytest.approx(4045 / 950)
 
 
+def test_a_difference_that_rounds_to_zero_has_one_sign():
+    alike = results().assign(ticket_accuracy=98.5 - 1e-6)
+    assert "+0.00" in tables.accuracy_table(alike).markdown
+    assert "-0.00" not in tables.accuracy_table(alike).markdown
+    alike = deep_results(n=3).assign(ticket_accuracy=lambda rows: rows.target_accuracy - 1e-6)
+    assert "+0.00" in tables.deep_accuracy_table(alike).markdown
+    assert "-0.00" not in tables.deep_accuracy_table(alike).markdown
+
+
 def test_markdown_and_latex_hold_the_same_rows():
     table = tables.accuracy_table(results())
     assert "98.44 ± 0.02" in table.markdown or "98.45 ± 0.02" in table.markdown

@@ -75,7 +75,7 @@ def accuracy_table(results: pd.DataFrame) -> Table:
     """Table 1: test accuracy of targets and tickets. The paper's column is its L+1 construction."""
     return _table(
         results, paper_values(1), "target_accuracy", "ticket_accuracy", "difference",
-        lambda ticket, target: ticket - target, digits=2, sign="+",
+        lambda ticket, target: ticket - target, digits=2, sign="+z",  # z: no -0.00
         title="Table 1. Test accuracy in % of tickets and their targets.",
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def deep_accuracy_table(results: pd.DataFrame) -> Table:
                 number[f"paper_{column}"], number[f"paper_{column}_ci95"] = paper, paper_half
                 text[f"paper: {name}"] = _pm(paper, paper_half, "g")
         number |= {"target": target, "mean": mean, "ci95": half, "difference": mean - target}
-        text |= {"target": f"{target:.2f}", "mean": _pm(mean, half, ".2f"), "difference": f"{mean - target:+.2f}"}
+        text |= {"target": f"{target:.2f}", "mean": _pm(mean, half, ".2f"), "difference": f"{mean - target:+z.2f}"}
         number["best_half"], number["best_half_ci95"], text["best half"] = math.nan, math.nan, "–"
         if kind == "sampled" and len(mine) > 1:
             best, best_half = interval(accuracy.sort_values(ascending=False).iloc[: len(mine) // 2])
