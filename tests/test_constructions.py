@@ -272,11 +272,33 @@ def test_deviation_falls_with_every_epsilon_of_a_deep_chain(construction):
         ({"input_range": (1.0, 0.0)}, "below the second"),
         ({"base_set_size": 0}, "between 1 and 32"),
         ({"epsilon": 0.0}, "positive"),
+        ({"epsilon": "small"}, "epsilon 'small' must be a number"),
+        ({"seed": 1.5}, "seed 1.5 must be a whole number"),
+        ({"base_set_size": None}, "base_set_size None must be a whole number"),
+        ({"pair_kernel": 3.0}, "pair_kernel 3.0 must be a whole number"),
+        ({"input_range": 5}, "two numbers, \\(LOW, HIGH\\)"),
+        ({"input_range": (0, "one")}, "input_range 'one' must be a number"),
+        ({"device": "tpu"}, "device 'tpu' is not known; there are cpu and cuda"),
+        ({"device": "mps"}, "device 'mps' is not known"),
+        ({"device": "cuda:99"}, "device 'cuda:99': there are . CUDA devices"),
     ],
 )
 def test_refuses_settings_without_meaning(arguments, message):
     with pytest.raises(LtxError, match=message):
         construct(small_cnn("relu"), **arguments)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    import numpy as np
+
+    plain = construct(small_cnn("relu"), seed=3, base_set_size=14, input_range=(0.0, 1.0))
+    given = construct(
+        small_cnn("relu"), seed=np.uint64(3), base_set_size=np.int32(14), epsilon=np.float64(0.01),
+        input_range=np.array([0.0, 1.0]), device=torch.device("cpu"),
+    )  # fmt: skip
+    for name, ticket in (("plain", plain), ("given", given)):
+        ticket.save(tmp_path / name)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "given").read_bytes()
 
 
 def test_padding_that_every_tap_sees_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -82,7 +83,7 @@ def construct(
             sets of their own, and how far tanh or sigmoid have to be scaled down to be linear on the inputs.
         calibration: images (n, C, H, W) of the kind that the target was trained on, without labels, for `feedback`.
         feedback: its settings.
-        device: where the source is computed and the problems are solved, `cpu` or `cuda`. The ticket is the
+        device: where the source is computed and the problems are solved, `cpu`, `cuda` or `cuda:1`. The ticket is the
             same on either; with `feedback` another one as good, because rounding decides some ties.
         on_statistics, on_layer: called at the end, and with the name of every target layer that was gone through.
 
@@ -99,6 +100,9 @@ def construct(
     ):
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
+    base_set_size, seed = _whole("base_set_size", base_set_size), _whole("seed", seed)
+    pair_kernel, epsilon = _whole("pair_kernel", pair_kernel), _real("epsilon", epsilon)
+    input_range, device = _range(input_range), _device(device)
     if not 1 <= base_set_size <= MAX_BASE_SET_SIZE:
         raise ConstructionError(f"base_set_size {base_set_size} must lie between 1 and {MAX_BASE_SET_SIZE}")
     if not (pair_kernel >= 1 and pair_kernel % 2):
@@ -128,9 +132,44 @@ def construct(
         construction=construction,
         activation=",".join(names) or "identity",
         target_sha256=graph.digest(),
-        input_low=float(input_range[0]),
-        input_high=float(input_range[1]),
+        input_low=input_range[0],
+        input_high=input_range[1],
     )
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConstructionError(f"{name} {value!r} must be a whole number") from None
+
+
+def _real(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConstructionError(f"{name} {value!r} must be a number") from None
+
+
+def _range(value: object) -> tuple[float, float]:
+    try:
+        low, high = value  # type: ignore[misc]
+    except (TypeError, ValueError):
+        raise ConstructionError(f"input_range {value!r} must be two numbers, (LOW, HIGH)") from None
+    return _real("input_range", low), _real("input_range", high)
+
+
+def _device(name: str) -> str:
+    """The device's name; ConstructionError where there is none such."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConstructionError(f"device {name!r} is not known; there are cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConstructionError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+    return str(device)
 
 
 class _Walk:
