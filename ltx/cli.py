@@ -7,6 +7,7 @@ command makes: the path of its artefact, alone, as the last line.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import sys
@@ -36,9 +37,8 @@ _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
 SUMS = ("subset-sum", "figures", "bench")  # commands about random subset-sum problems alone
 LOWER = {"train-target": "lower target.batch_size, or use device=cpu"}  # what to do when memory has run out
 LOWER_ELSEWHERE = "lower m, give a larger epsilon, or use device=cpu"
-POSITIONAL = dict.fromkeys(
-    ("verify", "eval", "certify", "export"), "ticket"
-)  # `ltx verify FILE` is `ltx verify ticket=FILE`
+INTERRUPTED = 130  # the exit status, as of a shell
+TAKE_TICKETS = ("verify", "eval", "certify", "export")  # `ltx verify FILE` is `ltx verify ticket=FILE`
 
 
 def main() -> None:
@@ -56,19 +56,24 @@ def run(arguments: list[str]) -> int:
 
         print(f"ltx {__version__}")
         return 0
-    command, overrides = arguments[0], arguments[1:]
+    command = arguments[0]
     if command not in COMMANDS:
         return _fail(f"unknown command '{command}'; there are {', '.join(COMMANDS)} (ltx --help)")
-    for position, (before, argument) in enumerate(zip(["", *overrides], arguments[1:], strict=False)):
+    overrides: list[str] = []
+    tickets: list[str] = []
+    for before, argument in itertools.pairwise(arguments):
         if before in _FLAGS_WITH_VALUE or _OVERRIDE.match(argument):
-            continue
-        if argument.startswith("-"):
+            overrides.append(argument)
+        elif argument.startswith("-"):
             if argument.split("=")[0] not in _FLAGS + _FLAGS_WITH_VALUE:
                 return _fail(f"unknown flag '{argument}'; settings are written KEY=VALUE (ltx {command} --help)")
-        elif command in POSITIONAL:
-            overrides[position] = _quoted(POSITIONAL[command], argument)
+            overrides.append(argument)
+        elif command in TAKE_TICKETS:
+            tickets.append(argument)
         else:
             return _fail(f"'{argument}' is no setting; settings are written KEY=VALUE, e.g. m=15")
+    if tickets and any(override.startswith("ticket=") for override in overrides):
+        return _fail(f"'{tickets[0]}' and ticket=... both name a ticket; list the files without ticket=")
     if "--help" in overrides or "-h" in overrides:
         from ltx.help import command_help
 
@@ -81,7 +86,12 @@ def run(arguments: list[str]) -> int:
         # the short loops of the solvers become many times slower wherever another program runs
         os.environ["GOMP_SPINCOUNT"] = "10000"
     overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
-    return _hydra(command, overrides)
+    status = 0
+    for ticket in tickets:  # one that fails does not keep the others from being looked at
+        status = max(status, _hydra(command, [_quoted("ticket", ticket), *overrides]))
+        if status == INTERRUPTED:
+            break
+    return status if tickets else _hydra(command, overrides)
 
 
 def _usage() -> str:
@@ -179,7 +189,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:
         _fail("interrupted")
-        return 130
+        return INTERRUPTED
     finally:
         sys.argv = argv
         if full_error is None:

@@ -84,7 +84,7 @@ SETTINGS = (
     ("pair.kernel", "1", "odd", "of the first layer of a pair; a row keeps one entry of it", TICKET),
     ("pair.stride", "second", "second, first", "the layer of a pair that has the target's stride", TICKET),
     ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*BUILD, *SUMS)),
-    ("ticket", "null", "FILE", "a ticket file, also as plain argument", FILE),
+    ("ticket", "null", "FILE", "a ticket file, also as plain argument; so also several", FILE),
     ("limit", "null", "1 or more", "a fixed random subset of the test images", ("eval", "certify", "tables")),
     (
         "data.root",
@@ -118,7 +118,7 @@ def command_help(command: str, summary: str) -> str:
     """The page of one command."""
     rows = [(f"{key}={default}", values, text) for key, default, values, text, who in SETTINGS if command in who]
     widths = [max(len(row[n]) for row in rows) for n in (0, 1)]
-    file = " [TICKET]" if command in FILE else ""
+    file = " [TICKET ...]" if command in FILE else ""
     lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
     return "\n".join(
         [
