@@ -25,8 +25,11 @@ def reference_target(settings: Settings) -> Path:
 
 
 def _target(settings: Settings, digest: str) -> str:
-    name = settings.target.module
-    name = name.split(":")[-1] if name else f"{settings.target.name}-{settings.activation.value}"
+    own = settings.target.module
+    name = (
+        f"{own.split(':')[-1]}-{settings.data.name}" if own  # what it is read with, no file says
+        else f"{settings.target.name}-{settings.activation.value}"
+    )  # fmt: skip
     return f"{name}-{digest[:8]}"
 
 
@@ -35,7 +38,7 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
     s = settings
     target = _target(s, target_digest)
     if s.construction.value == "sampled":
-        name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}-seed{s.seed}"
+        name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}{_inputs(s)}-seed{s.seed}"
         return Path(s.output_dir) / "tickets" / target / name / "sampled.safetensors"
     selection = s.selection.value
     if selection == "feedback":
@@ -63,7 +66,13 @@ def _kind(s: Settings) -> str:
     extra = "-fold" if s.batch_norm.value == "fold" else ""
     extra += f"-pair{s.pair.kernel}" if s.pair.kernel > 1 else ""
     extra += "-strided" if s.pair.stride.value == "first" else ""
-    return f"{s.head.value}-{s.scaling.value}{extra}"
+    return f"{s.head.value}-{s.scaling.value}{extra}{_inputs(s)}"
+
+
+def _inputs(s: Settings) -> str:
+    """The range of input elements, where it is not that of the data."""
+    given = s.target.input_range
+    return "" if given is None else f"-inputs{given[0]!r}..{given[1]!r}"
 
 
 def statistics_file(settings: Settings) -> Path:

@@ -65,6 +65,44 @@ def test_help_states_the_settings_as_they_are(ltx):
     assert set(config) <= seen | {"data"}
 
 
+def test_several_tickets_are_each_looked_at(outputs, ltx, tmp_path):
+    ticket = next((outputs / "tickets").glob("*/*/ticket.safetensors"))
+    other = tmp_path / "other" / "ticket.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(ticket.read_bytes())
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"hello")
+    folder = f"output_dir={outputs}"
+    status, out, err = ltx("verify", str(ticket), str(other), folder)
+    assert (status, out) == (0, "")
+    assert all(f"{path}: " in err for path in (ticket, other))
+    for files in ([damaged, ticket], [ticket, damaged]):
+        status, _, err = ltx("verify", *map(str, files), folder)
+        assert status == 1
+        assert f"ticket {damaged}: cannot be read" in err
+        assert f"{ticket}: " in err
+    status, out, err = ltx("eval", str(damaged), str(ticket), str(other), "limit=20", folder)
+    assert status == 1
+    assert [Path(line) for line in out.splitlines()] == [p.with_name("result-limit20.json") for p in (ticket, other)]
+    status, _, err = ltx("verify", str(other), f"ticket={ticket}", folder)
+    assert (status, "both name a ticket" in one_line(err)) == (1, True)
+
+
+def test_interrupted_commands_do_not_go_on_to_the_next_ticket(ltx, monkeypatch):
+    from ltx.tasks import verify
+
+    seen = []
+
+    def interrupted(settings):
+        seen.append(settings.ticket)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "run", interrupted)
+    status, _, err = ltx("verify", "one", "two")
+    assert (status, seen) == (130, ["one"])
+    assert one_line(err) == "ltx: interrupted"
+
+
 @pytest.mark.parametrize("command", SUMS)
 @pytest.mark.parametrize(("folder", "message"), [("/dev/null/ltx", "cannot write /dev/null/ltx"), ("", "is empty")])
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(ltx, command, folder, message):
@@ -118,6 +156,78 @@ def test_train_construct_eval_verify_tables(outputs, ltx):
     assert status == 0
     folder = last_line(out)
     assert {p.name for p in folder.iterdir()} >= {f"table{n}-digits.{e}" for n in (1, 2) for e in ("csv", "md", "tex")}
+
+
+def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_path):
+    """As after a copy of the ticket alone: tables need to know how it was made."""
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = (*SMOKE, f"target.checkpoint={target}", "seed=5")
+    _, out, _ = ltx("construct", *given)
+    ticket = last_line(out)
+    before, account = ticket.read_bytes(), ticket.with_name("construction.json")
+    account.unlink()
+    status, _, err = ltx("eval", *given, "limit=20")
+    assert status == 0
+    assert f"{account} is not there" in err
+    status, _, err = ltx("construct", *given)
+    assert (status, "construction.json is not beside it; constructing it again" in err) == (0, True)
+    assert account.is_file()
+    assert ticket.read_bytes() == before
+
+
+def test_a_ticket_is_written_last(outputs, ltx, tmp_path, monkeypatch):
+    """Whatever cuts a construction off, where the ticket is the rest is too."""
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = (*SMOKE, f"target.checkpoint={target}", "seed=6")
+
+    def cut_off(self, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ticket, "save", cut_off)
+        assert ltx("construct", *given)[0] == 130
+    assert [p.name for p in tmp_path.glob("tickets/*/*/*")] == ["construction.json"]
+    assert ltx("construct", *given)[0] == 0
+
+
+@pytest.mark.parametrize("construction", ["L+1", "sampled"])
+def test_other_inputs_are_another_ticket(outputs, ltx, construction):
+    """target.input_range decides how a ticket is made, so that one made for another range does not serve."""
+    given = ("construct", *SMOKE, "seed=8", f"construction={construction}", "target.input_range=")
+    made = {}
+    for reach in ("null", "[0,0.5]", "[-5,5]"):
+        status, out, err = ltx(*given[:-1], given[-1] + reach, output_dir=outputs)
+        assert (status, "there already" in err) == (0, False)
+        made[reach] = last_line(out)
+        assert "there already" in ltx(*given[:-1], given[-1] + reach, output_dir=outputs)[2]
+    assert len(set(made.values())) == 3
+    if construction == "L+1":
+        assert (Ticket.load(made["[-5,5]"]).input_low, Ticket.load(made["[-5,5]"]).input_high) == (-5, 5)
+        usual, narrow = made["null"], made["[0,0.5]"]
+        usual.write_bytes(narrow.read_bytes())  # of a version that put both into one folder
+        assert "there already" not in ltx(*given[:-1], given[-1] + "null", output_dir=outputs)[2]
+        assert Ticket.load(usual).input_low != 0
+
+
+def test_a_ticket_in_a_folder_that_cannot_be_written_is_not_begun(outputs, ltx, monkeypatch):
+    from ltx.tasks import construct
+
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    monkeypatch.setattr(construct, "construct", lambda *_, **__: pytest.fail("was begun"))
+    monkeypatch.setattr(construct, "sampled", lambda *_, **__: pytest.fail("was begun"))
+    for more in ("construction=L+1", "construction=sampled"):
+        status, out, err = ltx("construct", *SMOKE, f"target.checkpoint={target}", more, "output_dir=/dev/null/ltx")
+        assert (status, out) == (1, "")
+        assert "cannot write /dev/null/ltx" in one_line(err)
+
+
+def test_training_that_cannot_be_written_is_not_begun(ltx, monkeypatch):
+    from ltx import training
+
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("was begun"))
+    status, out, err = ltx("train-target", *SMOKE, "output_dir=/dev/null/ltx")
+    assert (status, out) == (1, "")
+    assert "cannot write /dev/null/ltx" in one_line(err)
 
 
 def test_the_same_seed_gives_the_same_file(outputs, ltx, tmp_path):

@@ -3,13 +3,14 @@
 import json
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import deviation, images, one_line
 from torch import nn
 from torch.nn.utils import prune
 
-from ltx import construct, verify
+from ltx import construct, data, verify
 from ltx.errors import ConstructionError
 from ltx.graph import trace
 from ltx.targets import imported
@@ -26,6 +27,10 @@ def make():
         nn.Dropout(), nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(),
         nn.Linear(8, 10),
     )
+
+def two_functions():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10))
 
 def attention():
     return nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2))
@@ -301,6 +306,54 @@ def test_data_that_do_not_fit(own, ltx, tmp_path):
     assert status == 1
     assert "inputs: made for [-0.811752, 1.84712], digits has [-9, 9]" in err.strip().splitlines()[-1]
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
+
+
+def test_results_on_other_data_are_others(own, ltx, tmp_path, monkeypatch):
+    """No file says which data a network of one's own is for."""
+    monkeypatch.setitem(data.DATASETS, "elsewhere", data.DATASETS["digits"])
+    given = [f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max", "construction=2L", "limit=20"]
+    made = []
+    for name in ("digits", "elsewhere"):
+        where = ["target=digits", f"data.name={name}", *given]
+        assert ltx("construct", *where)[0] == 0
+        status, out, err = ltx("eval", *where)
+        assert (status, "there already" in err) == (0, False)
+        made.append(tmp_path / out.splitlines()[-1])
+        assert json.loads(made[-1].read_text())["data"] == name
+        assert "there already" in ltx("eval", *where)[2]
+    assert made[0] != made[1]
+    for name in ("digits", "elsewhere"):
+        status, _, err = ltx("tables", "target=digits", f"data.name={name}", *given)
+        assert status == 0, err
+        rows = pd.read_csv(tmp_path / "tables" / f"results-make-{name}-m20-eps0.01.csv")
+        assert rows.data.tolist() == [name]
+    ticket = made[0].with_name("ticket.safetensors")  # as a file, which its folder's name says nothing of
+    for command in ("eval", "certify"):
+        for name, there in (("digits", command == "eval"), ("elsewhere", False), ("elsewhere", True)):
+            where = ["target=digits", f"data.name={name}", *given, "certify.starts=0"]
+            status, _, err = ltx(command, str(ticket), *where)
+            assert (status, "there already" in err) == (0, there), (command, name)
+
+
+@pytest.mark.parametrize("factory", ["make", "two_functions"])
+def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factory):
+    """They are not the paper's networks, whatever their data: its values do not stand beside theirs."""
+    monkeypatch.setitem(data.DATASETS, "mnist", data.DATASETS["digits"])
+    given = ["target=mnist", f"target.module={own}:{factory}", "head=construct", "m=20", "scaling=layer_max"]
+    given += ["construction=2L", "limit=20"]
+    for seed in ("seed=0", "seed=1"):
+        assert ltx("construct", *given, seed)[0] == 0
+        assert ltx("eval", *given, seed)[0] == 0
+    status, _, err = ltx("tables", *given)
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "tables" / f"table1-{factory}-mnist-m20-eps0.01.csv")
+    assert table.activation.tolist() == [{"make": "ReLU", "two_functions": "relu,tanh"}[factory]]
+    assert table.n.tolist() == [2]
+    assert not [column for column in table if "paper" in column]
+    assert "mnist, 20 test images" in (tmp_path / "tables" / f"table1-{factory}-mnist-m20-eps0.01.md").read_text()
+    status, _, err = ltx("tables", *given, "target.module=nowhere:make")
+    assert status == 1
+    assert "nowhere" in err.strip().splitlines()[-1]
 
 
 def test_outputs_that_are_images(own, ltx, tmp_path):

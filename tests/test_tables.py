@@ -60,6 +60,29 @@ def test_markdown_and_latex_hold_the_same_rows():
     assert "±" not in table.latex
 
 
+def test_a_row_is_of_the_same_images():
+    """A seed that was evaluated on few images stays out of the mean of the others, and the table says so."""
+    mixed = results(n=4)
+    few = (mixed.activation == "relu") & (mixed.construction == "L+1") & (mixed.seed == 3)
+    mixed.loc[few, ["examples", "ticket_accuracy", "target_accuracy"]] = (10, 50.0, 40.0)
+    table = tables.accuracy_table(mixed)
+    frame = pd.read_csv(io.StringIO(table.csv))
+    row = frame[(frame.activation == "ReLU") & (frame.construction == "L+1")].iloc[0]
+    assert (row.n, row.target) == (3, 98.5)
+    assert row.ticket == pytest.approx(98.41)
+    assert "images" not in frame
+    assert "10000 test images" in table.note
+    assert "Results on another number of images than most of their row, left out: 1." in table.note
+    assert "left out" not in tables.accuracy_table(results()).note
+
+    of_few = mixed.assign(examples=mixed.examples.where(mixed.activation == "relu", 2000))
+    table = tables.accuracy_table(of_few)
+    frame = pd.read_csv(io.StringIO(table.csv))
+    assert frame.images.tolist() == [10_000, 10_000, 2000, 2000]
+    assert "10000 test images" not in table.note
+    assert "| 2000 |" in " ".join(table.markdown.split())
+
+
 def test_the_papers_values_stay_with_mnist():
     table = tables.accuracy_table(results(data="digits", n=1))
     assert "paper" not in table.csv

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ltx.report.variants import LEAST_SEEDS, usual_size, with_variants
+from ltx.report.variants import LEAST_SEEDS, on_same_images, usual_size, with_variants
 
 ACTIVATIONS = {  # those of the paper, in its order, and the others
     "relu": "ReLU", "leaky_relu": "Leaky ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "elu": "ELU", "celu": "CELU",
@@ -90,12 +90,12 @@ def parameter_table(results: pd.DataFrame) -> Table:
 
 
 def _table(results, paper, target_column, ticket_column, relation, relate, *, digits, sign, title) -> Table:
-    numbers, shown = [], []
+    numbers, shown, images = [], [], []
     first = results.iloc[0]
-    on_paper = first.data == "mnist"
+    on_paper = (first.data, first.network) == ("mnist", "mnist_cnn")
     places = f".{digits}f"
     for activation, construction, mine in _variants(results):
-        label = ACTIVATIONS[activation]
+        label = ACTIVATIONS.get(activation, activation)
         theirs = paper[paper.row == activation].set_index("column")
         target, (mean, half) = float(mine[target_column].iloc[0]), interval(mine.loc[:, ticket_column])
         row = {"activation": label, "construction": construction}
@@ -118,10 +118,15 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
         text["n"] = str(len(mine))
         numbers.append(number)
         shown.append(text)
+        images.append(int(mine.examples.iloc[0]))
+    if len(set(images)) > 1:
+        for number, text, many in zip(numbers, shown, images, strict=True):
+            number["images"], text["images"] = many, str(many)
+    on = f"{images[0]} test images" if len(set(images)) == 1 else "fixed random test images, where not all are"
     note = (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {usual_size(results)}, epsilon = "
-        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}; {first.data}, {first.examples} test "
-        "images. Explicit tickets, each verified against its source and its target."
+        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}; {first.data}, {on}. "
+        f"Explicit tickets, each verified against its source and its target.{_left_out(results)}"
     )
     return Table(title, note, pd.DataFrame(numbers), pd.DataFrame(shown))
 
@@ -204,12 +209,20 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
 
 
 def _variants(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """(activation, variant, results of that row), in the order of the tables."""
-    named = with_variants(results)
-    for activation in ACTIVATIONS:
+    """(activation, variant, results of that row, on the same images), in the order of the tables."""
+    named = on_same_images(with_variants(results))
+    others = dict.fromkeys(name for name in named.activation if name not in ACTIVATIONS)  # of one's own: several
+    for activation in (*ACTIVATIONS, *others):
         mine = named.loc[named.activation == activation]
         for name in dict.fromkeys(mine.variant):
             yield activation, name, mine.loc[mine.variant == name]
+
+
+def _left_out(results: pd.DataFrame) -> str:
+    """Says how many results were on other images than those of their row."""
+    named = with_variants(results)
+    many = len(named) - len(on_same_images(named))
+    return f" Results on another number of images than most of their row, left out: {many}." if many else ""
 
 
 def _subsets(results: pd.DataFrame) -> str:
@@ -227,8 +240,7 @@ def _subsets(results: pd.DataFrame) -> str:
 
 def _deep_rows(results: pd.DataFrame, paper: pd.DataFrame):
     """(activation, kind, results of that row, the paper's values for the activation)."""
-    for activation, name, found in _variants(results):
-        mine = found.loc[found.examples == found.examples.mode().max()]  # on the same images
+    for activation, name, mine in _variants(results):
         yield activation, name, mine, paper[paper.row == activation].set_index("column")
 
 
@@ -242,14 +254,15 @@ def _deep_note(results: pd.DataFrame) -> str:
         "subset-sum problems, and an L+1 ticket's parameters are estimated; that is what the paper reports. Explicit: "
         f"masks on a random source, each verified against its source and its target{how}. Fewer than 10000 images are "
         "a fixed random subset, for the target too; the target's parameters are those above epsilon of the layers that "
-        "are approximated; errors are not sampled for the projection shortcuts."
+        f"are approximated; errors are not sampled for the projection shortcuts.{_left_out(results)}"
     )
 
 
 def failure_note(failures: list[dict]) -> str:
     """Which tickets could not be constructed, and why; nothing where all could."""
     lines = [
-        f" Not constructed, and not in the means: {ACTIVATIONS[f['activation']]}, {f['construction']}, "
+        f" Not constructed, and not in the means: {ACTIVATIONS.get(f['activation'], f['activation'])}, "
+        f"{f['construction']}, "
         f"seed {f['seed']} ({f['error']})."
         for f in failures
     ]

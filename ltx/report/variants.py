@@ -72,3 +72,9 @@ def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.Data
         few = (found.selection == "feedback") & (seeds < LEAST_SEEDS)
         found = found[~few | (few.all() and len(rest) == 0)]
     return cast(pd.DataFrame, found.drop(columns="_place"))
+
+
+def on_same_images(named: pd.DataFrame) -> pd.DataFrame:
+    """Of results with a column `variant` those on as many images as most of their variant, of equals the larger."""
+    usual = named.groupby(["activation", "variant"]).examples.transform(lambda many: many.mode().max())
+    return cast(pd.DataFrame, named[named.examples == usual])

@@ -20,7 +20,7 @@ from ltx.config import Settings
 from ltx.deviation import ticket_deviations
 from ltx.errors import LtxError
 from ltx.evaluation import outputs
-from ltx.files import write_json
+from ltx.files import require_writable, write_json
 from ltx.graph import Graph, fold_batch_norm
 from ltx.report import certificate as report
 from ltx.report.figures import save
@@ -41,22 +41,23 @@ def run(settings: Settings) -> Path:
             than was proven.
     """
     path, ticket, target = find_ticket(settings)
-    if target is None:
-        raise targets_at.unknown(path, ticket)
+    target = targets_at.require_known(path, ticket, target)
     targets_at.require_images(target)
+    targets_at.require_range(path, ticket, target)
     written = path.with_name("certificate.json")
     about = {
         "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,
-        "limit": settings.limit, "starts": settings.certify.starts, "steps": settings.certify.steps,
+        "data": target.data, "limit": settings.limit,
+        "starts": settings.certify.starts, "steps": settings.certify.steps,
     }  # fmt: skip
     there = None if settings.force else _there(written, about)
     if there is not None:
         log.info("%s: there already; force=true certifies again", written)
         _print(there)
         return written
-    wrong = (*verify(ticket, target.graph).violations, targets_at.unfit_range(ticket, target))[0]
-    if wrong is not None:
-        raise LtxError(f"ticket {path} is not valid: {wrong}; construct it again with force=true")
+    if wrong := verify(ticket, target.graph).violations:
+        raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
+    require_writable(written.parent)
     device = settings.torch_device
     images = some_images(settings, target.data, device)
     folded = not any(node.op == "batch_norm" for node in ticket.graph)

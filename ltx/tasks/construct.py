@@ -15,7 +15,7 @@ from ltx.config import Settings
 from ltx.constructions import Statistics, construct
 from ltx.constructions.sampled import sampled
 from ltx.errors import CheckpointError, ConstructionError, LtxError
-from ltx.files import write_json, write_tensors
+from ltx.files import require_writable, write_json, write_tensors
 from ltx.targets import read_checkpoint
 from ltx.tasks import calibration, provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
@@ -32,7 +32,7 @@ def run(settings: Settings) -> Path:
     device = settings.torch_device
     target = targets_at.load(settings)
     path = paths.ticket_file(settings, target.digest)
-    if not settings.force and _valid(path, target.digest):
+    if not settings.force and _valid(path, target):
         log.info("%s: there already; force=true constructs again", path)
         return path
     if settings.construction.value == "sampled":
@@ -47,6 +47,7 @@ def run(settings: Settings) -> Path:
                 settings, target.data, many=settings.feedback.images, seed=settings.seed, device=device
             ),
         }
+    require_writable(path.parent)
     begin = time.perf_counter()
     failure = path.with_name("failure.json")
     try:
@@ -62,10 +63,11 @@ def run(settings: Settings) -> Path:
     except ConstructionError as error:
         # tables say which tickets there are none of
         about = {
-            "activation": target.activation, "construction": settings.construction.value, "base_set_size": settings.m,
-            "epsilon": settings.epsilon, "selection": settings.selection.value, "seed": settings.seed,
-            "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
-            "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
+            "data": target.data, "activation": target.activation, "construction": settings.construction.value,
+            "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
+            "seed": settings.seed, "head": settings.head.value, "scaling": settings.scaling.value,
+            "batch_norm": settings.batch_norm.value, "pair_kernel": settings.pair.kernel,
+            "pair_stride": settings.pair.stride.value,
             **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
         }  # fmt: skip
         write_json(
@@ -76,9 +78,8 @@ def run(settings: Settings) -> Path:
     if failure.is_file():
         failure.unlink()  # of an earlier try
     seconds = time.perf_counter() - begin
-    ticket.save(path)
     made = statistics[0]
-    write_json(
+    write_json(  # before the ticket, so that it is there where the ticket is
         path.with_name("construction.json"),
         {
             "target": str(target.path), "target_sha256": target.digest, "device": device, "seconds": seconds,
@@ -88,6 +89,7 @@ def run(settings: Settings) -> Path:
             "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip
+    ticket.save(path)
     log.info(
         "%s, %s, seed %d: %d parameters of %d in the source; %d subset-sum problems (%.2f %% without a subset), "
         "%.1f %% of the rows given up; %.2f s, %.1f us a problem",
@@ -105,6 +107,7 @@ def _advance(bar: tqdm, layer: str) -> None:
 
 def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     """Write the target with sampled errors: no ticket, but what the paper evaluated for ResNet-22."""
+    require_writable(path.parent)
     found = sampled(
         target.model, base_set_size=settings.m, epsilon=settings.epsilon, seed=settings.seed,
         selection=settings.selection.value, input_range=target.input_range,
@@ -126,15 +129,19 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     return path
 
 
-def _valid(path: Path, target_digest: str) -> bool:
+def _valid(path: Path, target: targets_at.Target) -> bool:
     """Whether a whole ticket of that target lies there; its other settings are those of its folder's name."""
     if not path.is_file():
         return False
     try:
         if path.name == "sampled.safetensors":
-            return read_checkpoint(path).metadata.get("target_sha256") == target_digest
+            return read_checkpoint(path).metadata.get("target_sha256") == target.digest
         ticket = Ticket.load(path)
-        return ticket.target_sha256 == target_digest and verify(ticket).ok
+        if not path.with_name("construction.json").is_file():
+            log.info("%s: construction.json is not beside it; constructing it again", path)
+            return False
+        same = (ticket.target_sha256, ticket.input_low, ticket.input_high) == (target.digest, *target.input_range)
+        return same and verify(ticket).ok
     except CheckpointError as error:
         log.info("%s; constructing it again", error)
         return False

@@ -22,7 +22,7 @@ from ltx.config import Settings
 from ltx.deviation import Deviation, sampled_deviations, ticket_deviations
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import compare, outputs
-from ltx.files import write_json
+from ltx.files import require_writable, write_json
 from ltx.graph import fold_batch_norm, trace
 from ltx.tasks import provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
@@ -30,8 +30,8 @@ from ltx.ticket import Ticket
 from ltx.verification import verify
 
 log = logging.getLogger(__name__)
-_ABOUT = ("kind", "network", "activation", "construction", "base_set_size", "epsilon", "selection", "seed", "head",
-          "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256")  # fmt: skip
+_ABOUT = ("kind", "network", "data", "activation", "construction", "base_set_size", "epsilon", "selection", "seed",
+          "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256")  # fmt: skip
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
 DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
 
@@ -53,13 +53,17 @@ def run(settings: Settings) -> Path:
         path, target = _find_sampled(settings)
         candidate = partial(_sampled, path, target)
     else:
-        path, ticket, explicit_target = find_ticket(settings)
-        candidate = partial(_explicit, path, ticket, explicit_target, settings, device)
+        path, ticket, known = find_ticket(settings)
+        target = targets_at.require_known(path, ticket, known)
+        targets_at.require_images(target)
+        targets_at.require_range(path, ticket, target)
+        candidate = partial(_explicit, path, ticket, target, device)
     result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not settings.force and _valid(result_path, digest):
+    if not settings.force and _valid(result_path, {"ticket_sha256": digest, "data": target.data}):
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path
+    require_writable(result_path.parent)
     return _evaluate(candidate(), settings, result_path, digest, device)
 
 
@@ -94,18 +98,14 @@ def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, dige
     return result_path
 
 
-def _explicit(
-    path: Path, ticket: Ticket, target: targets_at.Target | None, settings: Settings, device: str
-) -> _Candidate:
-    if target is None:
-        raise targets_at.unknown(path, ticket)
+def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str) -> _Candidate:
     verification = verify(ticket, target.graph)
-    targets_at.require_images(target)
-    wrong = (*verification.violations, targets_at.unfit_range(ticket, target))[0]
-    if wrong is not None:
-        raise LtxError(f"ticket {path} is not valid: {wrong}; construct it again with force=true")
+    if verification.violations:
+        raise LtxError(f"ticket {path} is not valid: {verification.violations[0]}; construct it again with force=true")
     built = path.with_name("construction.json")
     how = json.loads(built.read_text()) if built.is_file() else {}
+    if not how:
+        log.info("%s is not there: the result says less of how the ticket was made, and tables leave it out", built)
     constructed = {layer.target for layer in ticket.layers}
     operations = {node.op for node in ticket.graph}
     normalised = any(node.op == "batch_norm" for node in target.graph.nodes)
@@ -205,9 +205,10 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
     return path, Ticket.load(path), target
 
 
-def _valid(path: Path, digest: str) -> bool:
-    """Whether a whole result of that very ticket lies there."""
+def _valid(path: Path, about: dict) -> bool:
+    """Whether a whole result of that very ticket on those data lies there."""
     try:
-        return json.loads(path.read_text()).get("ticket_sha256") == digest
-    except (OSError, ValueError, AttributeError):
+        result = json.loads(path.read_text())
+        return all(result[key] == value for key, value in about.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 def run(settings: Settings) -> Path:
     """Write the tables and print them; the folder that holds them."""
-    deep = settings.target.network == "resnet22"
+    own = settings.target.module
+    deep = settings.target.network == "resnet22" and not own
     digests = _targets(settings)
     results = pd.DataFrame(
         [r for r in _entries(_result_files(settings), settings, digests) if deep or r["kind"] == "explicit"]
@@ -40,8 +41,8 @@ def run(settings: Settings) -> Path:
             "eval (with a limit, say the same one here), or all of them with make paper-tables"
         )
     folder = Path(settings.output_dir) / "tables"
-    usual = settings.data.name == "mnist" or settings.target.name == "resnet22"
-    suffix = "" if usual and not settings.target.checkpoint else f"-{_name(settings)}"
+    usual = (settings.data.name == "mnist" or deep) and not (own or settings.target.checkpoint)
+    suffix = "" if usual else f"-{_name(settings)}"
     figure = folder / f"deviation{suffix}"  # of every m and epsilon
     if (settings.m, settings.epsilon) != (15, 0.01):
         suffix += f"-m{settings.m}-eps{settings.epsilon!r}"  # beside those with the paper's
@@ -67,10 +68,13 @@ def run(settings: Settings) -> Path:
 
 
 def _name(settings: Settings) -> str:
-    return Path(settings.target.checkpoint).stem if settings.target.checkpoint else settings.target.name
+    t = settings.target
+    if t.module:
+        return f"{t.module.split(':')[-1]}-{settings.data.name}"
+    return Path(t.checkpoint).stem if t.checkpoint else t.name
 
 
-def _deviation_figure(settings: Settings, digests: set[str], path: Path) -> None:
+def _deviation_figure(settings: Settings, digests: Mapping[str, str], path: Path) -> None:
     """How deviation grows through the network, for every m and epsilon that there is; figure and CSV."""
     rows = []
     firsts = (next(iter(sorted(folder.glob("deviation*.json"))), None) for folder in _tickets(settings).glob("*/*"))
@@ -86,12 +90,13 @@ def _deviation_figure(settings: Settings, digests: set[str], path: Path) -> None
 
 
 def _entries(
-    files: Iterable[Path], settings: Settings, digests: set[str], *, any_sums: bool = False
+    files: Iterable[Path], settings: Settings, digests: Mapping[str, str], *, any_sums: bool = False
 ) -> list[dict]:  # fmt: skip
     """What the files hold of tickets, explicit and sampled, with these settings and of these targets.
 
     Args:
-        digests: SHA-256 of the targets that the settings mean, so that those of another training protocol stay out.
+        digests: SHA-256 of the targets that the settings mean -> their data, so that those of another training
+            protocol, and of a network of one's own on other data, stay out.
         any_sums: whatever m, epsilon and selection. Those of feedback stand beside `smallest` ones, whatever their m.
     """
     epsilon = {} if any_sums else {"epsilon": settings.epsilon}
@@ -104,7 +109,8 @@ def _entries(
     found = []
     for path in sorted(files):
         entry = _read(path)
-        if entry is None or entry.get("target_sha256") not in digests:
+        data = None if entry is None else digests.get(entry.get("target_sha256", ""))
+        if entry is None or data is None or entry.get("data", data) != data:  # of an earlier ltx not all say it
             continue
         needs = epsilon | (built if entry.get("kind") == "explicit" else {})
         if entry.get("selection") != "feedback":
@@ -136,14 +142,18 @@ def _tickets(settings: Settings) -> Path:
     return Path(settings.output_dir) / "tickets"
 
 
-def _targets(settings: Settings) -> set[str]:
-    """SHA-256 of the targets that the settings mean, of every activation."""
-    digests = set()
-    names = [settings.activation.value] if settings.target.checkpoint else list(ACTIVATIONS)
+def _targets(settings: Settings) -> dict[str, str]:
+    """SHA-256 of the targets that the settings mean, of every activation -> their data."""
+    digests = {}
+    one = settings.target.checkpoint or settings.target.module
+    names = [settings.activation.value] if one else list(ACTIVATIONS)
     for name in names:
         try:
-            digests.add(targets_at.load(replace(settings, activation=ActivationName(name))).digest)  # type: ignore[operator]
+            target = targets_at.load(replace(settings, activation=ActivationName(name)))  # type: ignore[operator]
+            digests[target.digest] = target.data
         except LtxError as error:
+            if one:
+                raise
             log.debug("%s", error)  # no target of that activation
     return digests
 

@@ -157,9 +157,13 @@ def load_for(ticket: Ticket, settings: Settings) -> Target | None:
     return None
 
 
-def unknown(path: Path, ticket: Ticket) -> LtxError:
-    """Says how to give the target of a ticket that is not known."""
-    return LtxError(f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; {GIVE_IT}")
+def require_known(path: Path, ticket: Ticket, target: Target | None) -> Target:
+    """The target, where it is known; else LtxError, which says how to give it."""
+    if target is None:
+        raise LtxError(
+            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; {GIVE_IT}"
+        )
+    return target
 
 
 def require_images(target: Target) -> None:
@@ -191,6 +195,15 @@ def unfit_range(ticket: Ticket, target: Target) -> str | None:
     if ticket.input_low <= lo and hi <= ticket.input_high:
         return None
     return f"inputs: made for [{ticket.input_low:g}, {ticket.input_high:g}], {target.data} has [{lo:g}, {hi:g}]"
+
+
+def require_range(path: Path, ticket: Ticket, target: Target) -> None:
+    """LtxError where the target's data has inputs outside the range that the ticket was made for."""
+    if wrong := unfit_range(ticket, target):
+        raise LtxError(
+            f"ticket {path} is not valid: {wrong}; construct one for these inputs, or say target.input_range="
+            f"[{ticket.input_low!r},{ticket.input_high!r}] where they are those of your data"
+        )
 
 
 def _own(settings: Settings, name: str) -> Target:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ltx import data, paths, targets, training
 from ltx.config import Settings
 from ltx.errors import LtxError
+from ltx.files import require_writable
 from ltx.tasks import provenance, targets_at
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def _train(settings: Settings, path: Path) -> Path:
     spec = data.dataset_spec(settings.data.name)
     torch.manual_seed(settings.target.seed)
     model = targets.build(settings.target.network, settings.activation.value, shape=spec.shape, classes=spec.classes)
+    require_writable(path.parent)
     checkpoint = path.with_name("round.safetensors")
     if settings.force:
         checkpoint.unlink(missing_ok=True)
