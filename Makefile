@@ -60,8 +60,8 @@ resnet-tables: setup  ## Tables 3 and 4, on CIFAR-10: sampled as in the paper, e
 	$(LTX) train-target --multirun target=resnet22 activation=$(ACTIVATIONS) protocol=$(PROTOCOL)
 	$(LTX) construct --multirun experiment=resnet22_sampled protocol=$(PROTOCOL)
 	$(LTX) eval --multirun experiment=resnet22_sampled protocol=$(PROTOCOL)
-	for sweep in resnet22_explicit resnet22_epsilon resnet22_best resnet22_feedback resnet22_feedback_2L \
-	  resnet22_feedback_bound resnet22_tradeoff; do \
+	for sweep in resnet22_explicit resnet22_epsilon resnet22_best resnet22_feedback resnet22_feedback_even \
+	  resnet22_feedback_2L resnet22_feedback_bound resnet22_tradeoff; do \
 	  for command in construct verify eval; do \
 	    $(LTX) $$command --multirun experiment=$$sweep protocol=$(PROTOCOL) || exit 1; done; done
 	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) m=24 epsilon=0.001 limit=500
