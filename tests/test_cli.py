@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SMOKE, last_line, one_line, small_cnn
@@ -207,6 +208,11 @@ def test_other_inputs_are_another_ticket(outputs, ltx, construction):
         usual.write_bytes(narrow.read_bytes())  # of a version that put both into one folder
         assert "there already" not in ltx(*given[:-1], given[-1] + "null", output_dir=outputs)[2]
         assert Ticket.load(usual).input_low != 0
+        for reach in made:
+            assert ltx("eval", *given[1:-1], given[-1] + reach, "limit=20", output_dir=outputs)[0] == 0
+        status, _, err = ltx("tables", *given[1:-3], given[-1] + "[-5,5]", "limit=20", output_dir=outputs)
+        assert status == 0, err
+        assert pd.read_csv(outputs / "tables" / "results-digits.csv").seed.tolist() == [8]
 
 
 def test_a_ticket_in_a_folder_that_cannot_be_written_is_not_begun(outputs, ltx, monkeypatch):

@@ -63,7 +63,8 @@ def run(settings: Settings) -> Path:
     except ConstructionError as error:
         # tables say which tickets there are none of
         about = {
-            "data": target.data, "activation": target.activation, "construction": settings.construction.value,
+            "data": target.data, "input_range": list(target.input_range), "activation": target.activation,
+            "construction": settings.construction.value,
             "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
             "seed": settings.seed, "head": settings.head.value, "scaling": settings.scaling.value,
             "batch_norm": settings.batch_norm.value, "pair_kernel": settings.pair.kernel,

@@ -30,8 +30,10 @@ from ltx.ticket import Ticket
 from ltx.verification import verify
 
 log = logging.getLogger(__name__)
-_ABOUT = ("kind", "network", "data", "activation", "construction", "base_set_size", "epsilon", "selection", "seed",
-          "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256")  # fmt: skip
+_ABOUT = (
+    "kind", "network", "data", "input_range", "activation", "construction", "base_set_size", "epsilon", "selection",
+    "seed", "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256",
+)  # fmt: skip
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
 DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
 
@@ -112,7 +114,8 @@ def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str
     folded = normalised and "batch_norm" not in operations
     graph = fold_batch_norm(target.graph) if folded else target.graph
     about = {
-        "kind": "explicit", "construction": ticket.construction, "base_set_size": ticket.base_set_size,
+        "kind": "explicit", "input_range": [ticket.input_low, ticket.input_high], "construction": ticket.construction,
+        "base_set_size": ticket.base_set_size,
         "epsilon": ticket.epsilon, "selection": ticket.selection, "seed": ticket.seed,
         "head": "keep" if "given" in operations else "construct", "scaling": how.get("scaling"),
         "batch_norm": "fold" if folded else "keep",
@@ -148,7 +151,8 @@ def _sampled(path: Path, target: targets_at.Target) -> _Candidate:
     model = targets.build(target.network, target.activation, shape=spec.shape, classes=spec.classes)
     targets.load_into(model, checkpoint, network=target.network)
     about = {
-        "kind": "sampled", "construction": "sampled", "base_set_size": int(said["base_set_size"]),
+        "kind": "sampled", "input_range": list(target.input_range), "construction": "sampled",
+        "base_set_size": int(said["base_set_size"]),
         "epsilon": float(said["epsilon"]), "selection": said["selection"], "seed": int(said["seed"]),
         "head": "construct", "scaling": "unit", "batch_norm": "keep", "pair_kernel": 1, "pair_stride": "second",
         "target_parameters": int(said["target_parameters"]), "ticket_parameters": int(said["parameters"]),

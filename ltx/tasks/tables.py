@@ -41,7 +41,8 @@ def run(settings: Settings) -> Path:
             "eval (with a limit, say the same one here), or all of them with make paper-tables"
         )
     folder = Path(settings.output_dir) / "tables"
-    usual = (settings.data.name == "mnist" or deep) and not (own or settings.target.checkpoint)
+    usual = settings.data.name == "mnist" or settings.target.name == "resnet22"
+    usual = usual and not (own or settings.target.checkpoint)
     suffix = "" if usual else f"-{_name(settings)}"
     figure = folder / f"deviation{suffix}"  # of every m and epsilon
     if (settings.m, settings.epsilon) != (15, 0.01):
@@ -58,7 +59,7 @@ def run(settings: Settings) -> Path:
         for extension, text in (("csv", table.csv), ("md", table.markdown_page), ("tex", table.latex)):
             write_text(folder / f"table{number}{suffix}.{extension}", text)
     network = "-resnet22" if deep else ""
-    plain = results.drop(columns=["settings", "target"]).dropna(axis=1, how="all")
+    plain = results.drop(columns=["settings", "target", "input_range"], errors="ignore").dropna(axis=1, how="all")
     write_text(folder / f"results{network}{suffix}.csv", plain.to_csv(index=False))
     if deep:
         _deviation_figure(settings, digests, figure)
@@ -74,7 +75,7 @@ def _name(settings: Settings) -> str:
     return Path(t.checkpoint).stem if t.checkpoint else t.name
 
 
-def _deviation_figure(settings: Settings, digests: Mapping[str, str], path: Path) -> None:
+def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Path) -> None:
     """How deviation grows through the network, for every m and epsilon that there is; figure and CSV."""
     rows = []
     firsts = (next(iter(sorted(folder.glob("deviation*.json"))), None) for folder in _tickets(settings).glob("*/*"))
@@ -84,19 +85,19 @@ def _deviation_figure(settings: Settings, digests: Mapping[str, str], path: Path
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
         table = _plain(pd.DataFrame(rows), settings)
-        short = table.drop(columns=["target_sha256", "kind"])
+        short = table.drop(columns=["target_sha256", "kind", "data", "input_range"], errors="ignore")
         write_text(path.with_suffix(".csv"), short.to_csv(index=False, float_format="%.5g"))
         figures.save(deviation.figure(table), path)
 
 
 def _entries(
-    files: Iterable[Path], settings: Settings, digests: Mapping[str, str], *, any_sums: bool = False
+    files: Iterable[Path], settings: Settings, digests: Mapping[str, dict], *, any_sums: bool = False
 ) -> list[dict]:  # fmt: skip
     """What the files hold of tickets, explicit and sampled, with these settings and of these targets.
 
     Args:
-        digests: SHA-256 of the targets that the settings mean -> their data, so that those of another training
-            protocol, and of a network of one's own on other data, stay out.
+        digests: SHA-256 of the targets that the settings mean -> their data and range of inputs, so that those of
+            another training protocol, of a network of one's own on other data, and for other inputs stay out.
         any_sums: whatever m, epsilon and selection. Those of feedback stand beside `smallest` ones, whatever their m.
     """
     epsilon = {} if any_sums else {"epsilon": settings.epsilon}
@@ -109,8 +110,10 @@ def _entries(
     found = []
     for path in sorted(files):
         entry = _read(path)
-        data = None if entry is None else digests.get(entry.get("target_sha256", ""))
-        if entry is None or data is None or entry.get("data", data) != data:  # of an earlier ltx not all say it
+        meant = None if entry is None else digests.get(entry.get("target_sha256", ""))
+        if entry is None or meant is None:
+            continue
+        if any(entry.get(key, value) != value for key, value in meant.items()):  # of an earlier ltx not all say it
             continue
         needs = epsilon | (built if entry.get("kind") == "explicit" else {})
         if entry.get("selection") != "feedback":
@@ -142,15 +145,15 @@ def _tickets(settings: Settings) -> Path:
     return Path(settings.output_dir) / "tickets"
 
 
-def _targets(settings: Settings) -> dict[str, str]:
-    """SHA-256 of the targets that the settings mean, of every activation -> their data."""
+def _targets(settings: Settings) -> dict[str, dict]:
+    """SHA-256 of the targets that the settings mean, of every activation -> their data and range of inputs."""
     digests = {}
     one = settings.target.checkpoint or settings.target.module
     names = [settings.activation.value] if one else list(ACTIVATIONS)
     for name in names:
         try:
             target = targets_at.load(replace(settings, activation=ActivationName(name)))  # type: ignore[operator]
-            digests[target.digest] = target.data
+            digests[target.digest] = {"data": target.data, "input_range": list(target.input_range)}
         except LtxError as error:
             if one:
                 raise
