@@ -73,6 +73,8 @@ def test_summary_without_failures_and_without_solutions():
     assert hopeless.failure_share == 1
     assert hopeless.mean_size is hopeless.mean_size_interval is None
     assert hopeless.constant == 6 / -math.log(1e-12)
+    beyond = summarise(sample("uniform", 1, 1.0, theta=100.0, problems=20))  # no C, however large, says anything
+    assert (beyond.failure_share, beyond.constant, beyond.constant_interval) == (1, None, None)
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -147,6 +149,24 @@ def test_subset_sum_command_replaces_a_file_that_is_cut_short(ltx, tmp_path):
         assert json.loads(Path(out.strip()).read_text())["problems"] == 50
 
 
+def test_subset_sum_command_where_all_fail(ltx, tmp_path):
+    status, out, err = ltx("subset-sum", "theta=100", "epsilon=5", "problems=100")
+    assert status == 0, err
+    assert json.loads(Path(out.strip()).read_text())["constant_interval"] is None
+    assert "C is none, where all fail" in err
+
+
+def test_subset_sum_command_measures_again_what_is_not_its_own(ltx, tmp_path):
+    three, four = (Path(ltx("subset-sum", "m=4", f"problems={n}")[1].strip()) for n in (300, 400))
+    four.write_bytes(three.read_bytes())
+    status, _, err = ltx("subset-sum", "m=4", "problems=400")
+    assert (status, "there already" in err) == (0, False)
+    assert json.loads(four.read_text())["problems"] == 400
+    four.with_suffix(".csv").unlink()
+    assert "there already" not in ltx("subset-sum", "m=4", "problems=400")[2]
+    assert four.with_suffix(".csv").is_file()
+
+
 def test_figures_command(ltx, monkeypatch):
     monkeypatch.setattr(figures, "FAILURE_SIZES", range(4, 8))
     status, out, _ = ltx("figures", "m=6", "problems=400", "device=cpu")
@@ -163,6 +183,11 @@ def test_figures_command(ltx, monkeypatch):
     (folder / "figure3.svg").unlink()
     assert ltx("figures", "m=6", "problems=400", "device=cpu")[0] == 0
     assert (folder / "figure3.svg").read_bytes() == before
+    for name in ("figure3.csv", "figure4.png", "failures.svg"):
+        whole = (folder / name).read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2 - 1]):
+            (folder / name).write_bytes(damaged)
+            assert "there already" not in ltx("figures", "m=6", "problems=400", "device=cpu")[2], name
 
 
 def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):

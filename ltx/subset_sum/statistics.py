@@ -131,10 +131,10 @@ class Statistics:
     mean_size_interval: tuple[float, float] | None  # None where fewer than two are solved
     size_counts: list[int]  # solved problems by the size of their subset, 0..m
     failed_size_counts: list[int]  # the failures by the size of their closest subset, 0..m
-    # C = m / log(1 / min(epsilon, delta)) of Corollary 2.2, as the paper estimates it; None where nothing failed. Where
-    # delta > epsilon, it only says that the corollary needs a larger one
+    # C = m / log(1 / min(epsilon, delta)) of Corollary 2.2, as the paper estimates it; None where nothing failed, or
+    # everything with epsilon >= 1. Where delta > epsilon, it only says that the corollary needs a larger one
     constant: float | None
-    constant_interval: tuple[float, float]
+    constant_interval: tuple[float, float] | None  # None where it has no upper end
 
 
 def summarise(drawn: Sample) -> Statistics:
@@ -143,6 +143,7 @@ def summarise(drawn: Sample) -> Statistics:
     failures = int(n - solved.sum())
     low, high = wilson_interval(failures, n)
     sizes = drawn.size[solved]
+    found, least, most = (constant(m, drawn.epsilon, share) for share in (failures / n, low, high))
     return Statistics(
         law=drawn.law, base_set_size=m, epsilon=drawn.epsilon, selection=drawn.selection, seed=drawn.seed,
         theta=drawn.theta, problems=n, failures=failures, failure_share=failures / n,
@@ -154,8 +155,8 @@ def summarise(drawn: Sample) -> Statistics:
         mean_size_interval=_mean_interval(sizes) if len(sizes) > 1 else None,
         size_counts=np.bincount(sizes, minlength=m + 1).tolist(),
         failed_size_counts=np.bincount(drawn.size[~solved], minlength=m + 1).tolist(),
-        constant=constant(m, drawn.epsilon, failures / n) if failures else None,
-        constant_interval=(constant(m, drawn.epsilon, low), constant(m, drawn.epsilon, high)),
+        constant=found if failures and math.isfinite(found) else None,
+        constant_interval=(least, most) if math.isfinite(most) else None,
     )  # fmt: skip
 
 

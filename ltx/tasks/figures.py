@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +32,7 @@ def run(settings: Settings) -> Path:
     written = [
         folder / f"{name}.{kind}" for name in ("figure3", "figure4", "failures") for kind in ("svg", "png", "csv")
     ]
-    if not s.force and all(path.is_file() for path in written):
+    if not s.force and all(_whole(path) for path in written):
         log.info("%s: there already; force=true draws them again", folder)
         return folder
     require_writable(folder)
@@ -49,11 +50,16 @@ def run(settings: Settings) -> Path:
     figures.save(figures.failure_figure(curves), folder / "failures")
     write_text(folder / "failures.csv", failure_table(curves, settings.seed).to_csv(index=False))
     for curve in curves:
-        log.info(
-            "%s, epsilon=%g: fitted C %s %.2f, failures fall like exp(-m / %.2f) in the end",
-            curve.law, curve.epsilon, ">=" if curve.crossing is None else "=", curve.fitted_constant, curve.decay,
-        )  # fmt: skip
+        fall = "" if math.isnan(curve.decay) else f", failures fall like exp(-m / {curve.decay:.2f}) in the end"
+        sign = ">=" if curve.crossing is None else "="
+        log.info("%s, epsilon=%g: fitted C %s %.2f%s", curve.law, curve.epsilon, sign, curve.fitted_constant, fall)
     return folder
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is there and ends as one of its kind does."""
+    end = {".svg": b"</svg>\n", ".png": b"IEND\xaeB`\x82", ".csv": b"\n"}[path.suffix]
+    return path.is_file() and path.read_bytes().endswith(end)
 
 
 def failure_curves(law: str, settings: Settings, device: str) -> list[FailureCurve]:

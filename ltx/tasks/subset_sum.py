@@ -25,7 +25,8 @@ def run(settings: Settings) -> Path:
     """
     path = paths.statistics_file(settings)
     device = settings.torch_device
-    if not settings.force and (there := _read(path)) is not None:
+    there = _read(path) if path.with_suffix(".csv").is_file() else None
+    if not settings.force and there is not None and _same(there, settings):
         log.info("%s: there already; force=true measures again", path)
         statistics = there
     else:
@@ -73,7 +74,7 @@ def summary(s: dict) -> str:
     low, high = s["failure_share_interval"]
     size = "-" if s["mean_size"] is None else f"{s['mean_size']:.3f}"  # of the solved ones
     if s["constant"] is None:
-        found = f"< {s['constant_interval'][1]:.2f}"
+        found = f"< {s['constant_interval'][1]:.2f}" if s["constant_interval"] else "is none, where all fail"
     else:
         found = f"{'=' if s['failure_share'] <= s['epsilon'] else '>'} {s['constant']:.2f}"
     target = "" if s["theta"] is None else f"theta={s['theta']:g}, "
@@ -84,6 +85,15 @@ def summary(s: dict) -> str:
         f"{s['mean_error']:.3g} ({s['mean_error_interval'][0]:.3g} to {s['mean_error_interval'][1]:.3g}), "
         f"mean size {size} ({s['mean_size_all']:.3f} with failures), C {found}; {s['seconds']:.2f} s"
     )
+
+
+def _same(statistics: dict, s: Settings) -> bool:
+    """Whether they are of these settings."""
+    wanted = {
+        "law": s.law.value, "base_set_size": s.m, "epsilon": s.epsilon, "selection": s.selection.value, "seed": s.seed,
+        "theta": s.theta, "problems": s.problems,
+    }  # fmt: skip
+    return all(statistics[key] == value for key, value in wanted.items())
 
 
 def _read(path: Path) -> dict | None:
