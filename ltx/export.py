@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 from ltx import operations, source
-from ltx.activations import FAMILIES, from_attributes
+from ltx.activations import FAMILIES, Activation, from_attributes
 from ltx.errors import LtxError
 from ltx.files import replacing
 from ltx.source import SourceLayer
@@ -71,7 +71,12 @@ def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
         ) from None
     from ltx.network import TicketNetwork
 
-    network = TicketNetwork(ticket, dense=True).eval()
+    class Exported(TicketNetwork):
+        def _activation(self, node: TicketNode, x: Tensor) -> Tensor:
+            phi = from_attributes(node.attributes)
+            return _exponential(phi, x) if phi.name in ("elu", "celu", "selu") else super()._activation(node, x)
+
+    network = Exported(ticket, dense=True).eval()
     try:
         network(torch.zeros(1, *shape))
     except RuntimeError as error:
@@ -84,6 +89,16 @@ def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
             network, (torch.zeros(2, *shape),), str(part), input_names=["images"], output_names=["outputs"],
             dynamic_shapes=({0: torch.export.Dim("images")},), dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
+
+
+def _exponential(phi: Activation, x: Tensor) -> Tensor:
+    """An activation with exp(x) - 1 in it, exact near 0 as PyTorch's is: ONNX's Elu takes 1 from a rounded exp(x).
+
+    The inputs of a pair of layers are scaled down to where little else is left of it.
+    """
+    width = float(dict(phi.parameters)["alpha"]) if phi.name == "celu" else 1.0  # alpha (exp(x / alpha) - 1)
+    half = torch.tanh(x.clamp_max(0.0) / (2 * width))
+    return phi.slope_pos * x.clamp_min(0.0) + phi.slope_neg * width * (2 * half / (1 - half))
 
 
 class _Rows(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from ltx.errors import LtxError
@@ -46,6 +47,13 @@ class Feedback:
 
     def check(self) -> None:
         """LtxError for a value that has no meaning."""
+        for name in ("samples", "sweeps", "refine", "max_subset"):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise LtxError(f"feedback.{name}={getattr(self, name)!r}: must be a whole number")
+        for name in ("penalty", "bound", "reject", "spread"):
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) or (value is None and name in ("bound", "reject"))):
+                raise LtxError(f"feedback.{name}={value!r}: must be a number")
         for name, high in (("samples", math.inf), ("sweeps", 100), ("max_subset", MAX_SUBSET)):
             value = getattr(self, name)
             if not 1 <= value <= high:

@@ -117,10 +117,13 @@ class TicketNetwork(nn.Module):
             inputs = [self._narrow(x, node, position) for position, x in enumerate(inputs)]
             x = inputs[0]
         if node.op == "activation":
-            return from_attributes(node.attributes).fn(x)
+            return self._activation(node, x)
         if node.op == "batch_norm":
             return operations.scale_and_shift(x, *self._held(node.name))
         return operations.OPERATIONS[node.op](inputs, node.attributes)
+
+    def _activation(self, node: TicketNode, x: Tensor) -> Tensor:
+        return from_attributes(node.attributes).fn(x)
 
     def _narrow(self, x: Tensor, node: TicketNode, position: int) -> Tensor:
         """Of an input of a node the channels that the node takes."""

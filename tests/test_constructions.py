@@ -262,6 +262,12 @@ def test_deviation_falls_with_every_epsilon_of_a_deep_chain(construction):
     assert all(later < earlier for earlier, later in pairwise(found))
 
 
+def feedback(**settings):
+    return {
+        "selection": "feedback", "calibration": torch.rand(2, 1, 6, 6), "feedback": ltx.Feedback(**settings),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,6 +286,12 @@ def test_deviation_falls_with_every_epsilon_of_a_deep_chain(construction):
         ({"input_range": (0, "one")}, "input_range 'one' must be a number"),
         ({"device": "tpu"}, "device 'tpu' is not known; there are cpu and cuda"),
         ({"device": "mps"}, "device 'mps' is not known"),
+        ({"calibration": [[1.0]], "selection": "feedback"}, "calibration: must be a tensor of images, is a list"),
+        ({"calibration": torch.rand(2, 1, 6, 6), "selection": "feedback", "feedback": {}}, "must be ltx.Feedback"),
+        (feedback(samples=1.5), "feedback.samples=1.5: must be a whole number"),
+        (feedback(sweeps="a"), "feedback.sweeps='a': must be a whole number"),
+        (feedback(refine=1.5), "feedback.refine=1.5: must be a whole number"),
+        (feedback(spread=None), "feedback.spread=None: must be a number"),
         ({"device": "cuda:99"}, "device 'cuda:99': there are . CUDA devices"),
     ],
 )

@@ -8,6 +8,7 @@ from conftest import images, one_line, small_cnn, small_resnet
 from torch import nn
 
 from ltx import LtxError, construct, export
+from ltx.activations import from_attributes
 from ltx.files import read_tensors
 from ltx.ticket import Ticket
 
@@ -76,6 +77,26 @@ def test_onnx_computes_the_same(make, size, how, construction, tmp_path):
         with torch.no_grad():
             assert torch.allclose(torch.from_numpy(found), ticket.to_module()(x), atol=1e-4)
     assert [file.name for file in tmp_path.iterdir()] == ["ticket.onnx"]
+
+
+@pytest.mark.parametrize("phi", [nn.ELU(), nn.ELU(0.5), nn.CELU(2.0), nn.SELU()])
+def test_onnx_of_deep_pairs(phi, tmp_path):
+    """Their inputs are scaled down, where exp(x) - 1 of a rounded exp(x) has few digits left."""
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    layers = [m for n in range(6) for m in (nn.Conv2d(6 if n else 1, 6, 3, padding=1), phi)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    how = {"base_set_size": 20, "scaling": "layer_max", "head": "construct", "input_range": (0, 1)}
+    ticket = construct(model, construction="2L", **how)
+    export.onnx(ticket, tmp_path / "ticket.onnx", (1, 8, 8))
+    x = torch.rand(7, 1, 8, 8)
+    (found,) = runtime.InferenceSession(str(tmp_path / "ticket.onnx")).run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found), ticket.to_module()(x), atol=1e-3)
+        x = torch.tensor([-200.0, -3.0, -1e-7, 0.0, 1e-7, 3.0, 200.0])
+        attributes = next(n.attributes for n in ticket.graph if n.op == "activation")
+        written = export._exponential(from_attributes(attributes), x)
+        torch.testing.assert_close(written.double(), phi(x.double()), rtol=1e-6, atol=0)
 
 
 def test_onnx_without_its_packages(monkeypatch, tmp_path):

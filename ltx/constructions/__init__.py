@@ -117,6 +117,10 @@ def construct(
         raise ConstructionError(f"selection '{selection}' is not known; there are {', '.join(SELECTIONS)}")
     if (selection == "feedback") != (calibration is not None) or (feedback is not None and selection != "feedback"):
         raise ConstructionError(f"selection '{selection}': feedback, and it alone, needs calibration images")
+    if calibration is not None and not isinstance(calibration, Tensor):
+        raise ConstructionError(f"calibration: must be a tensor of images, is a {type(calibration).__name__}")
+    if feedback is not None and not isinstance(feedback, Feedback):
+        raise ConstructionError(f"feedback: must be ltx.Feedback(...), is a {type(feedback).__name__}")
     graph = model if isinstance(model, Graph) else trace(model)
     walked = fold_batch_norm(graph) if batch_norm == "fold" else graph
     compared, within = None, epsilon

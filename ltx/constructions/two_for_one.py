@@ -40,6 +40,7 @@ from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
 SMALLEST_SIGMA = 1e-30  # so that its inverse is a float32 too
+ROUNDING = 0.01  # of a parameter by float32, for an input of 1: what is bearable, where epsilon is not larger
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,14 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
         raise ConstructionError(
             f"layer {name}: its inputs may be as large as {place.bound:.3g}, on which {phi.name} cannot be made linear "
             "in float32"
+        )
+    # opposite rows leave phi(lambda x) - phi(-lambda x), of two numbers that float32 rounds as phi(0)
+    rounding = 2.0**-23 * abs(phi.offset) * scale / (sigma * law.gain)
+    if rounding > max(plan.epsilon, ROUNDING):
+        raise ConstructionError(
+            f"layer {name}: its inputs may be as large as {place.bound:.3g}, for which opposite rows of {phi.name} are "
+            f"scaled down so far that float32 rounds a parameter by up to {rounding:.2g}; use batch_norm, a smaller "
+            "input_range or construction=L+1, which has such rows in front of the image alone"
         )
     image = target.kind == "conv" or (place.stream is not None and not place.vector)
     geometry = pair_geometry(

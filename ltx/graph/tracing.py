@@ -35,10 +35,12 @@ def trace(model: nn.Module) -> Graph:
     Raises:
         ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason.
     """
-    model = getattr(model, "_orig_mod", model)
+    wrapped, model = model, getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, _PARALLEL) else model
     if not isinstance(model, nn.Module):
         raise ConstructionError(f"a {type(model).__name__} is no torch.nn.Module; give the network itself")
+    for module in {wrapped, model}:
+        _require_no_hooks("", module)  # torch.fx calls those of modules within, and neither these nor those of leaves
     try:
         with eval_mode(model):
             traced = _Tracer().trace(model)
@@ -162,6 +164,7 @@ def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node |
 
 
 def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> Node | None:
+    _require_no_hooks(name, module)
     if isinstance(module, nn.Conv2d):
         return Node(name, "layer", inputs, layer=_convolution(name, module))
     if isinstance(module, nn.Linear):
@@ -323,9 +326,10 @@ def _batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm
     with torch.no_grad():
         variance = module.running_var.double().cpu() + module.eps
         gamma, beta = (
-            torch.full_like(variance, value) if p is None else p.detach().double().cpu()
-            for p, value in ((module.weight, 1.0), (module.bias, 0.0))
-        )
+            torch.full_like(variance, value) if getattr(module, part) is None
+            else _masked(module, part).detach().double().cpu()
+            for part, value in (("weight", 1.0), ("bias", 0.0))
+        )  # fmt: skip
         scale = gamma / variance.sqrt()
         shift = beta - module.running_mean.double().cpu() * scale
     for part, tensor in (("scale", scale), ("shift", shift)):
@@ -358,9 +362,6 @@ def _activation(name: str, family: Family, values: Mapping[str, object]) -> Acti
 
 def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias in force: of a plain layer, one with `weight_mask` buffers, or torch.nn.utils.prune's."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks):
-        raise _refuse(name, type(module).__name__, "hooks may change what it computes; remove them")
     if not isinstance(module, Masked) and type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
         raise _refuse(name, type(module).__name__, "a subclass with a forward of its own may compute anything")
     _require_real(name, module, module.weight)
@@ -373,6 +374,13 @@ def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tenso
     return weight, bias
 
 
+def _require_no_hooks(name: str, module: nn.Module) -> None:
+    """Refuse hooks besides those of torch.nn.utils.prune, whose masks are looked at."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks):
+        raise _refuse(name, type(module).__name__, "hooks may change what it computes; remove them")
+
+
 def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise _refuse(name, type(module).__name__, "has no values, it lies on the device 'meta'; load its parameters")
@@ -381,10 +389,14 @@ def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
         raise _refuse(name, type(module).__name__, f"has {kind} parameters, ltx takes float32; call model.float()")
 
 
-def _in_force(module: nn.Module, part: str) -> Tensor:
+def _masked(module: nn.Module, part: str) -> Tensor:
     parameter = getattr(module, f"{part}_orig", getattr(module, part))
     mask = getattr(module, f"{part}_mask", None)
-    tensor = parameter if mask is None else parameter * mask
+    return parameter if mask is None else parameter * mask
+
+
+def _in_force(module: nn.Module, part: str) -> Tensor:
+    tensor = _masked(module, part)
     # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
     return tensor.detach().float().cpu().contiguous() + 0.0
 
