@@ -197,16 +197,8 @@ class Ticket:
     def _parse(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Ticket:
         types = {f.name: f.type for f in fields(cls)}
         scalars = {n: {"int": int, "float": float, "str": str}[str(types[n])](metadata[n]) for n in _SCALARS}
-        layers = tuple(
-            SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})  # type: ignore[arg-type]
-            for entry in json.loads(metadata["layers"])
-        )
-        graph = tuple(
-            TicketNode(
-                entry.pop("name"), entry.pop("op"), tuple(entry.pop("inputs")), entry
-            )
-            for entry in json.loads(metadata["graph"])
-        )  # fmt: skip
+        layers = tuple(_layer(entry) for entry in json.loads(metadata["layers"]))
+        graph = tuple(_node(entry) for entry in json.loads(metadata["graph"]))
 
         def part(suffix: str) -> dict[str, Tensor]:
             return {
@@ -226,6 +218,35 @@ class Ticket:
             if layer.name not in ticket.masks or layer.name not in ticket.slots:
                 raise KeyError(f"no '{layer.name}.mask' or '{layer.name}.slots'")
         return ticket
+
+
+_KINDS = {"int": int, "tuple[int, ...]": int, "float": (int, float), "str": str, "bool": bool}
+_ATTRIBUTES = {"rows": list, "layer": str, "function": str, "target": str, "taps": int}
+
+
+def _layer(entry: dict) -> SourceLayer:
+    """A layer from its JSON; TypeError where a value is of another type than its field."""
+    layer = SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})  # type: ignore[arg-type]
+    for f in fields(layer):
+        value, kind = getattr(layer, f.name), _KINDS[str(f.type)]
+        several = value if str(f.type).startswith("tuple") else (value,)
+        if not isinstance(several, tuple) or any(not _is(v, kind) for v in several):
+            raise TypeError(f"layer {layer.name}: {f.name} {value!r}")
+    return layer
+
+
+def _node(entry: dict) -> TicketNode:
+    """A node from its JSON; TypeError where a value is of a type that it cannot have."""
+    name, op, inputs = entry.pop("name"), entry.pop("op"), entry.pop("inputs")
+    names = all(isinstance(each, str) for each in (name, op, *inputs)) and isinstance(inputs, list)
+    wrong = [k for k, v in entry.items() if k in _ATTRIBUTES and not _is(v, _ATTRIBUTES[k])]
+    if not names or wrong or any(not _is(row, int) for row in entry.get("rows", [])):
+        raise TypeError(f"node {name!r}: {op!r} of {inputs!r} with {entry}")
+    return TicketNode(name, op, tuple(inputs), entry)
+
+
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 _SCALARS = (

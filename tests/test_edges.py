@@ -1,5 +1,6 @@
 """Networks at the edges: what a construction, a ticket's module or a verification could get wrong unnoticed."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -9,12 +10,13 @@ from conftest import images, randomise, small_cnn
 from torch import nn
 from torch.nn.utils import prune
 
-from ltx import LtxError, construct, verify
+from ltx import LtxError, Ticket, construct, verify
 from ltx.activations import leaky_relu
-from ltx.errors import ConstructionError
+from ltx.errors import CheckpointError, ConstructionError
+from ltx.files import read_tensors, write_tensors
 from ltx.graph import trace
 from ltx.targets.masked import MaskedConv2d
-from ltx.ticket import TicketNode
+from ltx.ticket import CONSTANT, TicketNode
 
 two_for_one = sys.modules["ltx.constructions.two_for_one"]  # the package has a function of that name
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
@@ -132,6 +134,44 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
 
 
+def doubled(model, name):
+    """The model with a hook that doubles what a module gives."""
+    model.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def test_batch_norm_that_torch_pruned_counts_with_its_mask():
+    model = sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
+    prune.random_unstructured(model[1], "weight", 1)
+    model.load_state_dict({k: v * 0.5 if k == "1.weight_orig" else v for k, v in model.state_dict().items()})
+    norm = trace(model)["1"].batch_norm
+    assert norm is not None
+    assert int((norm.scale == 0).sum()) == 1
+    assert float(norm.scale.max()) == pytest.approx(0.5, abs=1e-4)
+    close(model, images(), head="construct", scaling="layer_max")
+
+
+def test_what_float32_cannot_tell_from_the_offset_is_refused():
+    """Softplus has no bound: behind some layers its pairs are scaled down until phi(0) swallows what they copy."""
+
+    def deep(depth, phi):
+        layers = [m for n in range(depth) for m in (nn.Conv2d(6 if n else 1, 6, 3, padding=1), phi())]
+        return sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+    how = {"construction": "2L", "base_set_size": 20, "scaling": "layer_max", "head": "construct"}
+    x = torch.rand(16, 1, 8, 8)
+    for model in (deep(3, nn.Softplus), deep(7, nn.SiLU), deep(7, nn.Sigmoid)):
+        ticket = construct(model, input_range=(0, 1), **how)
+        with torch.no_grad():
+            single, double = ticket.to_module()(x), ticket.to_module().double()(x.double())
+        assert (single - double).abs().max() < 0.01
+    with pytest.raises(
+        ConstructionError, match=r"opposite rows of softplus .* float32 rounds a parameter by up to 0.\d"
+    ):
+        construct(deep(7, nn.Softplus), input_range=(0, 1), **how)
+    assert verify(construct(deep(7, nn.Softplus), input_range=(0, 1), **{**how, "construction": "L+1"})).ok
+
+
 def test_refusals():
     hooked = nn.Linear(4, 2)
     hooked.register_forward_pre_hook(lambda module, args: None)
@@ -150,6 +190,9 @@ def test_refusals():
     for model, message in (
         (sequential(Standardised(1, 2, 3)), "forward of its own"),
         (sequential(nn.Flatten(), hooked), "hooks"),
+        (doubled(sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "1"), r"module '1' \(ReLU\): hooks"),
+        (doubled(sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), "1"), r"module '1' \(BatchNorm2d\): hooks"),
+        (doubled(sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), ""), r"\(Sequential\): hooks"),
         (sequential(nn.Flatten(), broken), "weight has NaN"),
         (Twice(), "used twice"),
         (sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(-0.5)), "must not be negative"),
@@ -221,6 +264,115 @@ def test_tampered_structures_are_found(honest, relu):
     }
     for what, ticket in wrong.items():
         assert not verify(ticket, graph).ok, what
+
+
+def test_verify_says_which_rule_is_broken(honest, relu):
+    graph = trace(relu)
+    first, last = honest.layers[0], honest.layers[-1]
+    head = next(n.name for n in honest.graph if n.op == "given")
+    output = honest.graph[-1]
+    twice = TicketNode("1", "flatten", ("1",), {})
+    slots = honest.slots["2"]
+    live = int((slots >= 0).nonzero()[0])
+    constant = slots.clone()
+    constant[live] = CONSTANT
+
+    def given(part, change):
+        name = f"{head}.{part}"
+        return replace(honest, given={**honest.given, name: change(honest.given[name])})
+
+    other = "2L" if honest.construction == "L+1" else "L+1"
+    wrong = {
+        "several nodes or layers have one name: ['1']": replace(
+            honest, graph=(*honest.graph[:3], twice, *honest.graph[3:])
+        ),
+        f"given.{head}.weight: must be float32": given("weight", torch.Tensor.double),
+        "its given parameters have shapes": given("bias", lambda t: t[:-1]),
+        "2.slots: has shape": replace(honest, slots={**honest.slots, "2": slots.double()}),
+        "seed -1 is not": replace(honest, seed=-1),
+        f"seed {2**64} is not": replace(honest, seed=2**64),
+        "base_set_size 0 not from 1 to 32": replace(honest, base_set_size=0),
+        "construction '3L' or selection 'smallest' is not known": replace(honest, construction="3L"),
+        "construction '" + honest.construction + "' or selection 'any' is not known": replace(honest, selection="any"),
+        "in 2L there are pairs" if other == "2L" else "in front of the image alone": replace(
+            honest, construction=other
+        ),
+        "activation 'tanh': the target has relu": replace(honest, activation="tanh"),
+        f"layer {last.name}: only the first layer of a source has biases": layer(honest, last.name, bias=True),
+        "stride (1,), padding": layer(honest, first.name, stride=(1,)),
+        "dilation (0, 1) is none": layer(honest, first.name, dilation=(0, 1)),
+        "row " + str(live) + " is labelled constant and reads a channel that is not": replace(
+            honest, slots={**honest.slots, "2": constant}
+        ),
+        "output: its rows do not stand for": node(
+            honest, output.name, attributes={**output.attributes, "rows": output.attributes["rows"][::-1]}
+        ),
+    }
+    for reason, ticket in wrong.items():
+        found = verify(ticket, graph).violations
+        assert any(reason in violation for violation in found), (reason, found)
+
+
+def test_an_entry_without_its_opposite_is_found():
+    model = small_cnn("sigmoid")
+    ticket = construct(model, construction="2L", base_set_size=14, epsilon=0.02, head="construct")
+    mask = ticket.masks["2"]
+    for entry in (0, len(mask) // 2, len(mask) - 1):
+        alone = torch.cat([mask[:entry], mask[entry + 1 :]])
+        found = verify(replace(ticket, masks={**ticket.masks, "2": alone}), trace(model)).violations
+        assert any("is kept without its opposite" in violation for violation in found), found
+
+
+def test_a_constant_that_is_not_1_is_found():
+    model = small_cnn("relu")
+    ticket = construct(model, base_set_size=16, epsilon=0.02, head="construct")
+    name, rows = next(
+        (name, rows)
+        for name in (n.name for n in ticket.layers if n.role != "copies")
+        if len(rows := (ticket.slots[name] == CONSTANT).nonzero().flatten())
+    )
+    mask, size = ticket.masks[name], ticket.layer(name).row_size
+    mine = mask[mask // size == rows[0]]
+    assert len(mine) > 0
+    less = mask[mask != mine[0]]
+    found = verify(replace(ticket, masks={**ticket.masks, name: less}), trace(model)).violations
+    assert any(f"row {int(rows[0])}: a constant sums to" in violation for violation in found) or len(mine) == 1, found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("layers", lambda n: n[0].update(shape=3)), ("layers", lambda n: n[0].update(shape=[3, "a"])),
+        ("layers", lambda n: n[0].update(taps=None)), ("layers", lambda n: n[0].update(stride=1)),
+        ("layers", lambda n: n[0].update(sigma="x")), ("layers", lambda n: n[0].update(bias=1)),
+        ("layers", lambda n: n[0].update(role=["copies"])), ("layers", lambda n: n.append(3)),
+        ("graph", lambda n: n[1].update(op=["layer"])), ("graph", lambda n: n[1].update(name=["1"])),
+        ("graph", lambda n: n[1].update(inputs="input")), ("graph", lambda n: n[1].update(layer=0)),
+        ("graph", lambda n: n[-1].update(rows=1)), ("graph", lambda n: n[-1].update(rows=["0"])),
+        ("graph", lambda n: n.append("output")),
+    ],
+)  # fmt: skip
+def test_a_file_with_values_of_other_types_is_damaged(honest, change, tmp_path):
+    path = tmp_path / "ticket.safetensors"
+    honest.save(path)
+    tensors, metadata = read_tensors(path)
+    key, edit = change
+    entries = json.loads(metadata[key])
+    edit(entries)
+    write_tensors(path, tensors, metadata | {key: json.dumps(entries)})
+    with pytest.raises(CheckpointError, match="damaged metadata"):
+        Ticket.load(path)
+
+
+def test_verify_takes_tickets_networks_and_tensors(honest, relu):
+    for arguments, message in (
+        (("ticket.safetensors", relu), "a str is no ticket"),
+        ((honest, relu.state_dict()), "a OrderedDict is no torch.nn.Module"),
+        ((honest, "mnist"), "a str is no torch.nn.Module"),
+        ((honest, relu, images().numpy()), "calibration: must be a tensor of images"),
+    ):
+        with pytest.raises(LtxError, match=message):
+            verify(*arguments)
 
 
 def test_targets_that_differ_in_structure_only_have_other_digests():

@@ -163,6 +163,10 @@ def test_constants_come_from_given_shifts(activation):
     assert len(constant) > 0
     assert not torch.isin(constant, rows).any()
     assert verify(ticket, trace(model)).ok
+    shift = ticket.given["blocks.5.bn2.bias"].clone()
+    shift[constant] += 0.01
+    found = verify(replace(ticket, given={**ticket.given, "blocks.5.bn2.bias": shift}), trace(model)).violations
+    assert any(f"slot {int(constant[0])} has that of no channel" in violation for violation in found), found
 
 
 def test_what_is_wrong_with_a_residual_ticket_is_found():

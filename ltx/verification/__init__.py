@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ltx.errors import ConstructionError
+from ltx.errors import ConstructionError, LtxError
 from ltx.graph import Graph, fold_batch_norm, trace
 from ltx.ticket import Ticket
 from ltx.verification.approximation import Approximation
@@ -47,9 +47,14 @@ def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration:
 
     Raises:
         ConstructionError: a target that cannot be traced.
+        LtxError: a ticket that is none, or calibration images that are no tensor.
     """
-    if isinstance(target, nn.Module):
+    if not isinstance(ticket, Ticket):
+        raise LtxError(f"a {type(ticket).__name__} is no ticket; read one with ltx.Ticket.load(PATH)")
+    if target is not None and not isinstance(target, Graph):
         target = trace(target)
+    if calibration is not None and not isinstance(calibration, Tensor):
+        raise LtxError(f"calibration: must be a tensor of images (n, C, H, W), is a {type(calibration).__name__}")
     violations = list(structure(ticket))
     if target is None or violations:
         return Verification(tuple(violations), 0, float("nan"))
@@ -63,6 +68,9 @@ def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration:
             violations = list(topology(ticket, target))
         except ConstructionError as error:
             violations = [f"graph: has no batch norm; {error}"]
+    functions = dict.fromkeys(node.activation.name for node in target.nodes if node.activation is not None)
+    if ticket.activation != (",".join(functions) or "identity"):
+        violations.append(f"activation '{ticket.activation}': the target has {', '.join(functions) or 'identity'}")
     if violations:
         return Verification(tuple(violations), 0, float("nan"))
     check = Approximation(ticket, target)

@@ -17,6 +17,18 @@ def structure(ticket: Ticket) -> Iterator[str]:
     """Violations of: indices in range, sorted, unique; widths that fit each other; a source of layers 0, 1, ..."""
     if bool(ticket.feedback) != (ticket.selection == "feedback"):
         yield f"selection '{ticket.selection}' {'with' if ticket.feedback else 'without'} settings of feedback"
+    if ticket.construction not in ("2L", "L+1") or ticket.selection not in ("smallest", "best", "feedback"):
+        yield f"construction '{ticket.construction}' or selection '{ticket.selection}' is not known"
+    if not (0 <= ticket.seed < 2**64 and 1 <= ticket.base_set_size <= 32):
+        yield f"seed {ticket.seed} is not below 2**64, or base_set_size {ticket.base_set_size} not from 1 to 32"
+        return
+    for names in ([layer.name for layer in ticket.layers], [node.name for node in ticket.graph]):
+        if len(set(names)) < len(names):
+            yield f"graph: several nodes or layers have one name: {sorted({n for n in names if names.count(n) > 1})}"
+            return
+    for name, tensor in ticket.given.items():
+        if tensor.dtype != torch.float32:
+            yield f"given.{name}: must be float32, is {tensor.dtype}"
     if ticket.law != "uniform":
         yield f"law '{ticket.law}' is not known"
     if not (math.isfinite(ticket.epsilon) and ticket.epsilon > 0):
@@ -38,6 +50,13 @@ def structure(ticket: Ticket) -> Iterator[str]:
         if layer.row_size % layer.taps or (layer.kind == "conv" and layer.taps != math.prod(layer.shape[2:])):
             yield f"layer {layer.name}: a channel is read by other than {layer.taps} entries of shape {layer.shape}"
             return
+        if (
+            any(len(two) != 2 for two in (layer.stride, layer.padding, layer.dilation))
+            or min(*layer.stride, *layer.dilation, *(n + 1 for n in layer.padding)) < 1
+        ):
+            how = f"stride {layer.stride}, padding {layer.padding} or dilation {layer.dilation}"
+            yield f"layer {layer.name}: {how} is none"
+            return
         if layer.index != position:
             yield f"layer {layer.name}: index {layer.index}, but it is layer {position} of the source"
         if layer.bias != (position == 0):
@@ -52,8 +71,9 @@ def structure(ticket: Ticket) -> Iterator[str]:
         if layer.name in ticket.bias_masks:
             size = layer.shape[0] if layer.bias else 0
             yield from _indices(f"{layer.name}.bias_mask", ticket.bias_masks[layer.name], size)
-        if ticket.slots[layer.name].shape != (layer.shape[0],):
-            yield f"{layer.name}.slots: has shape {tuple(ticket.slots[layer.name].shape)}, not ({layer.shape[0]},)"
+        slots = ticket.slots[layer.name]
+        if slots.shape != (layer.shape[0],) or slots.dtype != torch.int64:
+            yield f"{layer.name}.slots: has shape {tuple(slots.shape)}, {slots.dtype}, not ({layer.shape[0]},), int64"
         elif int(ticket.slots[layer.name].min()) < CONSTANT:
             yield f"{layer.name}.slots: {int(ticket.slots[layer.name].min())} is no label"
     yield from _graph(ticket)
@@ -86,13 +106,21 @@ def _graph(ticket: Ticket) -> Iterator[str]:
             if used[-1] not in names:
                 break
             layer = ticket.layer(used[-1])
+            if ticket.construction == "2L" and layer.role == "direct":
+                yield f"layer {layer.name}: stands alone, in 2L there are pairs"
+            if ticket.construction == "L+1" and layer.role == "copies" and before is not None:
+                yield f"layer {layer.name}: is of a pair, in L+1 they are in front of the image alone"
             if before is not None and layer.row_size != before * layer.taps:
                 yield f"layer {layer.name}: reads {layer.row_size // layer.taps} channels, there are {before}"
             widths[node.name] = layer.shape[0]
         elif node.op == "given":
             weight = ticket.given.get(f"{node.name}.weight")
-            if weight is None or f"{node.name}.bias" not in ticket.given or before is None:
+            bias = ticket.given.get(f"{node.name}.bias")
+            if weight is None or bias is None or before is None:
                 yield f"graph: node '{node.name}' has no given parameters"
+                return
+            if weight.ndim != 2 or bias.shape != (len(weight),):
+                yield f"node {node.name}: its given parameters have shapes {tuple(weight.shape)}, {tuple(bias.shape)}"
                 return
             if weight.shape[1] != before * node.attributes["taps"]:
                 yield f"node {node.name}: its given weight reads {weight.shape[1]} values, there are others"
