@@ -39,7 +39,7 @@ def trace(model: nn.Module) -> Graph:
     model = model.module if isinstance(model, _PARALLEL) else model
     if not isinstance(model, nn.Module):
         raise ConstructionError(f"a {type(model).__name__} is no torch.nn.Module; give the network itself")
-    for module in {wrapped, model}:
+    for module in (wrapped, model):
         _require_no_hooks("", module)  # torch.fx calls those of modules within, and neither these nor those of leaves
     try:
         with eval_mode(model):
