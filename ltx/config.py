@@ -66,7 +66,12 @@ class TargetSettings:
         for share in (self.density, *self.densities.values()):
             _require(share is None or 0 < share <= 1, f"target.density={share}: must lie in (0, 1]")
         _require(self.batch_size >= 1, f"target.batch_size={self.batch_size}: must be at least 1")
-        _require(self.learning_rate > 0, f"target.learning_rate={self.learning_rate}: must be positive")
+        _require(
+            0 < self.learning_rate < math.inf, f"target.learning_rate={self.learning_rate}: must be a positive number"
+        )
+        _require(
+            0 <= self.weight_decay < math.inf, f"target.weight_decay={self.weight_decay}: must be a number, at least 0"
+        )
         _require(self.bound is None or self.bound > 0, f"target.bound={self.bound}: must be positive or null")
         _require(0 <= self.crop <= 16, f"target.crop={self.crop}: must lie between 0 and 16")
         _require(0 <= self.seed < 2**32, f"target.seed={self.seed}: must lie between 0 and 2**32 - 1")

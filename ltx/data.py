@@ -107,6 +107,12 @@ def _require_shape(name: str, folder: Path, data: Any, shape: tuple[int, ...]) -
             f"{name}: {folder} holds {len(data.data)} images and {len(data.targets)} labels "
             f"instead of {shape[0]}; remove the folder to download it again, or put the original files there"
         )
+    labels = torch.as_tensor(data.targets)
+    if not 0 <= int(labels.min()) <= int(labels.max()) < 10:
+        raise DataError(
+            f"{name}: {folder} holds labels from {int(labels.min())} to {int(labels.max())}, there are ten classes; "
+            "remove the folder to download it again, or put the original files there"
+        )
 
 
 DATASETS: dict[str, DatasetSpec] = {

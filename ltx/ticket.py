@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ltx import source
-from ltx.errors import CheckpointError
+from ltx.errors import CheckpointError, LtxError
+from ltx.feedback import Feedback
 from ltx.files import read_tensors, write_tensors
 from ltx.liveness import read_channels
 from ltx.source import SourceLayer
@@ -190,7 +191,7 @@ class Ticket:
             )
         try:
             return cls._parse(metadata, tensors)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, LtxError) as error:
             raise CheckpointError(f"ticket {path}: damaged metadata ({type(error).__name__}: {error})") from error
 
     @classmethod
@@ -212,7 +213,8 @@ class Ticket:
         )  # fmt: skip
         if ticket.feedback:
             said = json.loads(ticket.feedback)
-            if not (ticket.within > 0 and said["samples"] >= 1 and said["images"] >= 1 and said["images_sha256"]):
+            Feedback(**{f.name: said[f.name] for f in fields(Feedback)}).check()
+            if not (_is(said["images"], int) and said["images"] >= 1 and _is(said["images_sha256"], str)):
                 raise ValueError(f"feedback {ticket.feedback}")
         for layer in layers:
             if layer.name not in ticket.masks or layer.name not in ticket.slots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -230,11 +231,17 @@ def _train_round(
                 torch._foreach_clamp_min_(bounded, -protocol.bound)  # pyright: ignore[reportPrivateImportUsage]
                 torch._foreach_clamp_max_(bounded, protocol.bound)  # pyright: ignore[reportPrivateImportUsage]
             total, count = total + loss, count + 1
+        mean = float(total) / count
+        if not math.isfinite(mean):
+            raise LtxError(
+                f"training: the loss is {mean} in round {round_}, epoch {epoch}; lower target.learning_rate, or bound "
+                "the parameters with target.bound"
+            )
         last = epoch == protocol.epochs
         if not last and time.monotonic() - saved > SAVE_EVERY:
             keep(round_, epoch + 1, _optimizer_state(optimizer, model))
             saved = time.monotonic()
-        on_progress(Progress(round_, epoch, float(total) / count, accuracy(model, test) if last else None))
+        on_progress(Progress(round_, epoch, mean, accuracy(model, test) if last else None))
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -18,9 +18,15 @@ from ltx.targets import pack, read_checkpoint
 
 
 def main(output_dir: Path) -> None:
+    if not output_dir.is_dir():
+        sys.exit(f"{output_dir}: no such folder")
     for path in sorted((output_dir / "targets").glob("*/target.safetensors")):
         checkpoint = read_checkpoint(path)
-        said = checkpoint.metadata  # the name is that of target=, see ltx/paths.py
+        said = checkpoint.metadata
+        if said["seed"] != "0":
+            print(f"{path}: left out, only targets of target.seed=0 are kept", file=sys.stderr)
+            continue
+        # the name is that of target=, see ltx/paths.py
         target = said["data"] if said["network"] == "mnist_cnn" else said["network"]
         name = f"{target}-{said['activation']}.safetensors"
         kept = reference_dir() / "targets" / name

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SMOKE, last_line, one_line, small_cnn
 
 from ltx import Ticket, cli
-from ltx.files import write_tensors
+from ltx.files import read_tensors, write_tensors
 from ltx.help import SETTINGS, SUMS
 
 
@@ -456,3 +456,98 @@ def test_a_checkpoint_of_another_network_is_refused(ltx):
     status, _, err = ltx("construct", "target=resnet22", f"target.checkpoint={kept}")
     assert status == 1
     assert "is a mnist_cnn for mnist, target=resnet22 is a resnet22" in one_line(err)
+
+
+def test_a_target_of_other_data_or_another_network_does_not_serve(outputs, ltx):
+    for given, difference in (
+        ("target.network=resnet22", "network mnist_cnn, now resnet22"),
+        ("data.name=mnist", "data digits, now mnist"),
+    ):
+        for command in ("train-target", "construct"):
+            status, _, err = ltx(command, *SMOKE, given, output_dir=outputs)
+            assert (status, difference in err) == (1, True), err
+    status, _, err = ltx("construct", "target=mnist", "data=digits", "activation=tanh")
+    assert (status, "no target at" in err) == (1, True)
+    status, _, err = ltx("train-target", "target=mnist", "data=digits", "protocol=smoke", "use_reference=true")
+    assert (status, "there already" in err) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("target.weight_decay=-1", "target.weight_decay=-1.0: must be a number, at least 0"),
+        ("target.weight_decay=nan", "target.weight_decay=nan"),
+        ("target.learning_rate=inf", "target.learning_rate=inf: must be a positive number"),
+    ],
+)
+def test_training_settings_without_meaning(ltx, tmp_path, given, message):
+    status, _, err = ltx("train-target", *SMOKE, given)
+    assert (status, message in one_line(err)) == (1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_that_diverges_is_no_target(ltx, tmp_path):
+    status, out, err = ltx(
+        "train-target", *SMOKE, "target.learning_rate=1e30", "target.bound=null", "protocol.rounds=1"
+    )
+    assert (status, out) == (1, "")
+    assert "the loss is nan in round 1, epoch 1; lower target.learning_rate" in err.strip().splitlines()[-1]
+    assert not list(tmp_path.rglob("target.safetensors"))
+
+
+def test_damaged_accounts_of_training(outputs, ltx, tmp_path):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    tensors, metadata = read_tensors(target)
+    mine = tmp_path / target.relative_to(outputs)
+    for change in ({"training": "{"}, {"training": "[1]"}, {"accuracy": "x"}):
+        write_tensors(mine, tensors, metadata | change)
+        status, _, err = ltx("train-target", *SMOKE)
+        assert status == 1
+        assert "train again with force=true" in one_line(err)
+
+
+def test_a_ticket_of_other_settings_in_the_folder_does_not_serve(outputs, ltx, tmp_path):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = ["construct", *SMOKE, f"target.checkpoint={target}", "selection=feedback", "feedback.samples=50"]
+    given += ["feedback.images=8", "m=8"]
+    one, two = (last_line(ltx(*given, f"feedback.penalty={penalty}")[1]) for penalty in ("5e-8", "1e-3"))
+    whole = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    status, _, err = ltx(*given, "feedback.penalty=5e-8")
+    assert (status, "there already" in err) == (0, False)
+    assert one.read_bytes() == whole
+    tensors, metadata = read_tensors(one)
+    for change in ({"penalty": -1}, {"sweeps": "4"}, {"images": "8"}, {"images_sha256": 3}):
+        feedback = json.loads(metadata["feedback"]) | change
+        write_tensors(tmp_path / "other.safetensors", tensors, metadata | {"feedback": json.dumps(feedback)})
+        status, _, err = ltx("verify", str(tmp_path / "other.safetensors"))
+        assert (status, "damaged metadata" in one_line(err)) == (1, True)
+    less = {k: v for k, v in json.loads(metadata["feedback"]).items() if k != "penalty"}
+    write_tensors(tmp_path / "other.safetensors", tensors, metadata | {"feedback": json.dumps(less)})
+    assert "damaged metadata" in one_line(ltx("verify", str(tmp_path / "other.safetensors"))[2])
+    name = next(name for name in tensors if name.endswith(".error"))
+    boundless = {**tensors, name: torch.full_like(tensors[name], float("inf"))}
+    write_tensors(tmp_path / "other.safetensors", boundless, metadata)
+    status, _, err = ltx("verify", str(tmp_path / "other.safetensors"), f"target.checkpoint={target}")
+    assert (status, f"{name}: claims an infinite error" in err) == (1, True)
+
+
+def test_tables_leave_out_results_of_another_ticket(outputs, ltx, tmp_path):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = [*SMOKE, f"target.checkpoint={target}"]
+    tickets = []
+    for seed in (0, 1):
+        tickets.append(last_line(ltx("construct", *given, f"seed={seed}")[1]))
+        assert ltx("eval", *given, f"seed={seed}")[0] == 0
+    os.utime(tickets[0])  # as a copy has: the same ticket
+    assert ltx("tables", *given)[0] == 0
+    table = pd.read_csv(tmp_path / "tables" / "results-target.csv")
+    assert sorted(table.seed) == [0, 1]
+    tickets[0].write_bytes(tickets[1].read_bytes())
+    status, _, err = ltx("tables", *given)
+    assert (status, "the ticket beside it is another one; run ltx eval again" in err) == (0, True)
+    assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [1]
+    for ticket in tickets:  # results may be kept without them
+        ticket.unlink()
+    assert ltx("tables", *given)[0] == 0
+    assert sorted(pd.read_csv(tmp_path / "tables" / "results-target.csv").seed) == [0, 1]

@@ -1,6 +1,7 @@
 """Data sets: splits, normalisation, input ranges, errors."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,3 +77,9 @@ def test_cifar10_that_fails_its_checksum(tmp_path, monkeypatch):
 def test_unknown_data_set():
     with pytest.raises(LtxError, match="'svhn' is not known; there are mnist, cifar10, digits"):
         data.load("svhn", train=True)
+
+
+def test_labels_of_no_class_are_damage():
+    read = SimpleNamespace(data=torch.zeros(2, 28, 28), targets=torch.tensor([1, 77]))
+    with pytest.raises(DataError, match="holds labels from 1 to 77, there are ten classes"):
+        data._require_shape("MNIST", Path("raw"), read, (2, 28, 28))

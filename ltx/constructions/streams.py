@@ -177,11 +177,13 @@ class Stream:
         share = float(writer.missed[index] / writer.asked[index].clamp_min(1))
         problems, layer = writer.problems[index], writer.layer
         what = "constant channel" if kind == CONSTANT else f"channel {kind}"
+        free = math.isinf(writer.within)  # feedback without a bound
+        within = "" if free else f" within {writer.within:g}"
         return ConstructionError(
             f"layer {layer.target or layer.name}, {what}: none of {attempts} source rows solves all of its "
-            f"{len(problems)} subset-sum problems within "
-            f"{writer.within:g}, because {share:.2g} of them have no such subset among "
-            f"{writer.bases.columns.shape[1]} values; raise m or epsilon"
+            f"{len(problems)} subset-sum problems{within}, because {share:.2g} of them have no such subset among "
+            f"{writer.bases.columns.shape[1]} values; raise m"
+            + ("" if free else " or epsilon")
             + (", or use construction=L+1" if layer.role == "pair" and layer.index > 1 else "")
             + (", or use scaling=layer_max" if _beyond(problems, writer.bases, layer) else "")
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -32,7 +33,7 @@ def run(settings: Settings) -> Path:
     device = settings.torch_device
     target = targets_at.load(settings)
     path = paths.ticket_file(settings, target.digest)
-    if not settings.force and _valid(path, target):
+    if not settings.force and _valid(path, target, settings):
         log.info("%s: there already; force=true constructs again", path)
         return path
     if settings.construction.value == "sampled":
@@ -130,8 +131,8 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     return path
 
 
-def _valid(path: Path, target: targets_at.Target) -> bool:
-    """Whether a whole ticket of that target lies there; its other settings are those of its folder's name."""
+def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
+    """Whether a whole ticket of that target and these settings lies there; the file does not say all of them."""
     if not path.is_file():
         return False
     try:
@@ -141,8 +142,15 @@ def _valid(path: Path, target: targets_at.Target) -> bool:
         if not path.with_name("construction.json").is_file():
             log.info("%s: construction.json is not beside it; constructing it again", path)
             return False
-        same = (ticket.target_sha256, ticket.input_low, ticket.input_high) == (target.digest, *target.input_range)
-        return same and verify(ticket).ok
+        s = settings
+        wanted = (target.digest, *target.input_range, s.construction.value, s.m, s.epsilon, s.selection.value, s.seed)
+        is_of = (
+            ticket.target_sha256, ticket.input_low, ticket.input_high, ticket.construction, ticket.base_set_size,
+            ticket.epsilon, ticket.selection, ticket.seed,
+        )  # fmt: skip
+        said = json.loads(ticket.feedback) if ticket.feedback else {}
+        chosen = all(said[key] == value for key, value in asdict(s.feedback).items()) if said else True
+        return is_of == wanted and chosen and verify(ticket).ok
     except CheckpointError as error:
         log.info("%s; constructing it again", error)
         return False

@@ -5,6 +5,7 @@ Tables 1 and 2 for the 3-layer network; for ResNet-22 Tables 3 and 4, and the fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -166,8 +167,21 @@ def _result_files(settings: Settings) -> Iterator[Path]:
     for folder in _tickets(settings).glob("*/*"):
         for name in ("result.json", f"result-limit{settings.limit}.json"):
             if (folder / name).is_file():
-                yield folder / name
+                if _stale(folder / name):
+                    log.info("%s: left out, the ticket beside it is another one; run ltx eval again", folder / name)
+                else:
+                    yield folder / name
                 break
+
+
+def _stale(result: Path) -> bool:
+    """Whether the ticket beside a result was written after it, and is not the one that it is of."""
+    tickets = (result.with_name(f"{kind}.safetensors") for kind in ("ticket", "sampled"))
+    ticket = next((path for path in tickets if path.is_file()), None)
+    if ticket is None or ticket.stat().st_mtime_ns <= result.stat().st_mtime_ns:
+        return False  # results may be kept without their tickets, which are large
+    entry = _read(result)
+    return entry is not None and entry.get("ticket_sha256") != hashlib.sha256(ticket.read_bytes()).hexdigest()
 
 
 def _read(path: Path) -> dict | None:

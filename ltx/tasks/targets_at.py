@@ -65,14 +65,26 @@ def _serves(settings: Settings, reference: Path) -> bool:
     """Whether a kept target was trained by the protocol of the settings, for at least as many epochs."""
     metadata = targets.read_checkpoint(reference).metadata
     different = _differences(settings, metadata)
-    longer = json.loads(metadata["training"])["epochs"] >= settings.protocol.epochs
+    longer = _training(metadata).get("epochs", 0) >= settings.protocol.epochs
     return metadata.get("protocol") == settings.protocol.name and different.keys() <= {"epochs"} and longer
+
+
+def _training(metadata: dict[str, str]) -> dict:
+    """The training settings of a target file; CheckpointError where they are damaged."""
+    try:
+        found = json.loads(metadata.get("training", "{}"))
+        float(metadata.get("accuracy", "nan"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError("a target's file says in a damaged way how it was trained; train again with force=true")
+    return found
 
 
 def describe(path: Path) -> str:
     """One phrase on a target file: its protocol and accuracy."""
     metadata = targets.read_checkpoint(path).metadata
-    rounds = json.loads(metadata.get("training", "{}"))
+    rounds = _training(metadata)
     return (
         f"{metadata.get('network')}, {metadata.get('activation')}, {rounds.get('rounds')} rounds of "
         f"{rounds.get('epochs')} epochs, {float(metadata.get('accuracy', 'nan')):.2f} %"
@@ -84,7 +96,7 @@ def training_of(path: Path) -> str | None:
     metadata = targets.read_checkpoint(path).metadata if path.is_file() else {}
     if "training" not in metadata:
         return None
-    rounds = json.loads(metadata["training"])
+    rounds = _training(metadata)
     return f"{metadata.get('protocol')}, {rounds['rounds']} x {rounds['epochs']} epochs"
 
 
@@ -99,9 +111,10 @@ def _require_same(settings: Settings, path: Path) -> None:
 
 def _differences(settings: Settings, metadata: dict[str, str]) -> dict[str, str]:
     """Training settings in which a target file differs from the settings, each with a phrase."""
-    was = json.loads(metadata.get("training", "{}"))
     now = {**asdict(protocol_of(settings)), "density": settings.density}
-    was = asdict(training.Protocol()) | was  # files may be older than a setting, which then had its default
+    was = asdict(training.Protocol()) | _training(metadata)  # a file older than a setting has its default
+    now |= {"network": settings.target.network, "data": settings.data.name, "seed": str(settings.target.seed)}
+    was |= {key: metadata.get(key) for key in ("network", "data", "seed")}
     return {k: f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v}
 
 
@@ -117,6 +130,9 @@ def load(settings: Settings) -> Target:
                 f"target={settings.target.name} is a {settings.target.network}; choose the target= it was made for, "
                 "or say target.module= for a network of your own"
             )
+        if target.data != settings.data.name:
+            raise CheckpointError(f"checkpoint {target.path}: is for {target.data}, data={settings.data.name}; say "
+                                  f"data={target.data}")  # fmt: skip
         return target
     found = find(settings)
     if found is None:

@@ -65,6 +65,8 @@ def structure(ticket: Ticket) -> Iterator[str]:
         claims = ticket.errors.get(layer.name)
         if claims is not None and claims.shape != (layer.shape[0],):
             yield f"{layer.name}.error: has shape {tuple(claims.shape)}, not ({layer.shape[0]},)"
+        if claims is not None and bool(claims.isinf().any()):
+            yield f"{layer.name}.error: claims an infinite error"
         if ticket.feedback and layer.role != "copies" and claims is None:
             yield f"layer {layer.name}: claims no errors of its rows, as a ticket with feedback does"
         yield from _indices(f"{layer.name}.mask", ticket.masks[layer.name], size)
