@@ -162,4 +162,6 @@ def figure(table: pd.DataFrame, activation: str) -> Figure:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(sys.argv[1], Path(sys.argv[2]))

@@ -70,4 +70,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv) <= 6:
+        sys.exit(__doc__)
     main()
