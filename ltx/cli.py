@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from ltx.errors import LtxError
+from ltx.help import FILE, SETTINGS, SUMS, command_help
 
 COMMANDS = {
     "train-target": ("train_target", "train a Synflow-pruned target network"),
@@ -34,11 +35,9 @@ _FLAGS_WITH_VALUE = (
     "--config-dir", "-cd", "--experimental-rerun",
 )  # fmt: skip
 _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
-SUMS = ("subset-sum", "figures", "bench")  # commands about random subset-sum problems alone
 LOWER = {"train-target": "lower target.batch_size, or use device=cpu"}  # what to do when memory has run out
 LOWER_ELSEWHERE = "lower m, give a larger epsilon, or use device=cpu"
 INTERRUPTED = 130  # the exit status, as of a shell
-TAKE_TICKETS = ("verify", "eval", "certify", "export")  # `ltx verify FILE` is `ltx verify ticket=FILE`
 
 
 def main() -> None:
@@ -68,15 +67,13 @@ def run(arguments: list[str]) -> int:
             if argument.split("=")[0] not in _FLAGS + _FLAGS_WITH_VALUE:
                 return _fail(f"unknown flag '{argument}'; settings are written KEY=VALUE (ltx {command} --help)")
             overrides.append(argument)
-        elif command in TAKE_TICKETS:
+        elif command in FILE:  # `ltx verify FILE` is `ltx verify ticket=FILE`
             tickets.append(argument)
         else:
             return _fail(f"'{argument}' is no setting; settings are written KEY=VALUE, e.g. m=15")
     if tickets and any(override.startswith("ticket=") for override in overrides):
         return _fail(f"'{tickets[0]}' and ticket=... both name a ticket; list the files without ticket=")
     if "--help" in overrides or "-h" in overrides:
-        from ltx.help import command_help
-
         print(command_help(command, COMMANDS[command][1]))
         return 0
     if command in SUMS and (unused := _unused(command, overrides)):
@@ -113,8 +110,6 @@ def _usage() -> str:
 
 def _unused(command: str, overrides: list[str]) -> str | None:
     """The first setting given that the command does not look at."""
-    from ltx.help import SETTINGS
-
     for key in (o.lstrip("+~").split("=")[0] for o in overrides if _OVERRIDE.match(o)):
         if any(name == key and command not in who for name, *_, who in SETTINGS):
             return key

@@ -107,12 +107,6 @@ def _require_shape(name: str, folder: Path, data: Any, shape: tuple[int, ...]) -
             f"{name}: {folder} holds {len(data.data)} images and {len(data.targets)} labels "
             f"instead of {shape[0]}; remove the folder to download it again, or put the original files there"
         )
-    labels = torch.as_tensor(data.targets)
-    if not 0 <= int(labels.min()) <= int(labels.max()) < 10:
-        raise DataError(
-            f"{name}: {folder} holds labels from {int(labels.min())} to {int(labels.max())}, there are ten classes; "
-            "remove the folder to download it again, or put the original files there"
-        )
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -140,6 +134,12 @@ def load(name: str, *, train: bool, root: Path | None = None, device: str = "cpu
     """
     spec = dataset_spec(name)
     pixels, labels = spec.read(root or default_root(), train)
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < spec.classes:
+        raise DataError(
+            f"{name}: labels from {low} to {high}, there are {spec.classes} classes; remove its folder in "
+            f"{root or default_root()} to download it again, or put the original files there"
+        )
     return Split(_normalised(spec, pixels.to(device)), labels.to(device))
 
 

@@ -24,13 +24,14 @@ def reference_target(settings: Settings) -> Path:
     return reference_dir() / "targets" / f"{settings.target.name}-{settings.activation.value}.safetensors"
 
 
-def _target(settings: Settings, digest: str) -> str:
+def own_name(settings: Settings) -> str | None:
+    """What a network of one's own is called, with its data, of which no file says anything; None of the paper's."""
     own = settings.target.module
-    name = (
-        f"{own.split(':')[-1]}-{settings.data.name}" if own  # what it is read with, no file says
-        else f"{settings.target.name}-{settings.activation.value}"
-    )  # fmt: skip
-    return f"{name}-{digest[:8]}"
+    return f"{own.split(':')[-1]}-{settings.data.name}" if own else None
+
+
+def _target(settings: Settings, digest: str) -> str:
+    return f"{own_name(settings) or f'{settings.target.name}-{settings.activation.value}'}-{digest[:8]}"
 
 
 def ticket_file(settings: Settings, target_digest: str) -> Path:

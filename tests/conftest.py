@@ -129,6 +129,15 @@ def ltx(capsys, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """An output_dir with a trained target, a ticket and its result."""
+    folder = tmp_path_factory.mktemp("outputs")
+    for command in ("train-target", "construct", "eval"):
+        assert cli.run([command, *SMOKE, f"output_dir={folder}"]) == 0
+    return folder
+
+
 def _required(path: Path, what: str) -> None:
     """Skip a test without its data; fail it where LTX_REQUIRE_DATA says that they must be there."""
     if not path.is_file():

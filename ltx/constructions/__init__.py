@@ -131,10 +131,9 @@ def construct(
     builder = TicketBuilder(plan, compared)
     _Walk(walked, builder, construction, head).run(input_range, on_layer)
     on_statistics(Statistics(builder.problems, builder.failures, builder.rows, builder.given_up))
-    names = dict.fromkeys(n.activation.name for n in graph.nodes if n.activation is not None)
     return builder.finish(
         construction=construction,
-        activation=",".join(names) or "identity",
+        activation=graph.functions,
         target_sha256=graph.digest(),
         input_low=input_range[0],
         input_high=input_range[1],

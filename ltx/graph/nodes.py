@@ -71,6 +71,12 @@ class Graph:
         """Name -> layer, in the order in which they run."""
         return {node.name: node.layer for node in self.nodes if node.layer is not None}
 
+    @property
+    def functions(self) -> str:
+        """Names of its activations, each once, with commas between; `identity` where there are none."""
+        names = dict.fromkeys(node.activation.name for node in self.nodes if node.activation is not None)
+        return ",".join(names) or "identity"
+
     def __getitem__(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
 

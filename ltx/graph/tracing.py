@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import prune
+from torch import fx, nn
 
 from ltx.activations import FAMILIES, Activation, Family
 from ltx.errors import ConstructionError, LtxError
 from ltx.evaluation import eval_mode
 from ltx.graph.concatenation import CONCATENATION, take_apart
-from ltx.graph.nodes import BatchNorm, Graph, Layer, Node
-from ltx.targets.masked import Masked
+from ltx.graph.nodes import Graph, Node
+from ltx.graph.parameters import batch_norm, convolution, linear, pair, refuse, require_no_hooks
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -40,7 +39,7 @@ def trace(model: nn.Module) -> Graph:
     if not isinstance(model, nn.Module):
         raise ConstructionError(f"a {type(model).__name__} is no torch.nn.Module; give the network itself")
     for module in (wrapped, model):
-        _require_no_hooks("", module)  # torch.fx calls those of modules within, and neither these nor those of leaves
+        require_no_hooks("", module)  # torch.fx calls those of modules within, and neither these nor those of leaves
     try:
         with eval_mode(model):
             traced = _Tracer().trace(model)
@@ -64,7 +63,7 @@ def trace(model: nn.Module) -> Graph:
         inputs = tuple(alias[a.name] for a in _tensors(fx_node) if not _sides(a))
         for name in inputs:
             if memory[name] in overwritten:
-                raise _refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
+                raise refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
         node = _convert(model, fx_node, inputs)
         if _in_place(model, fx_node):
             overwritten[memory[inputs[0]]] = fx_node.name
@@ -73,7 +72,7 @@ def trace(model: nn.Module) -> Graph:
             continue
         taken = {"input", "output", *(other.name for other in nodes)}
         if node.layer is not None and node.name in {other.name for other in nodes if other.layer is not None}:
-            raise _refuse(node.name, "layer", "used twice; a ticket cannot share the parameters of two places")
+            raise refuse(node.name, "layer", "used twice; a ticket cannot share the parameters of two places")
         name = node.name
         while node.op not in ("input", "output") and name in taken:
             name += "_"  # a module that is used twice, or called like another node
@@ -160,41 +159,41 @@ def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node |
         return _convert_module(name, model.get_submodule(name), inputs)
     if node.op in ("call_function", "call_method"):
         return _convert_function(model, node, inputs)
-    raise _refuse(node.name, str(node.target), "parameters used outside a layer are not supported")
+    raise refuse(node.name, str(node.target), "parameters used outside a layer are not supported")
 
 
 def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> Node | None:
-    _require_no_hooks(name, module)
+    require_no_hooks(name, module)
     if isinstance(module, nn.Conv2d):
-        return Node(name, "layer", inputs, layer=_convolution(name, module))
+        return Node(name, "layer", inputs, layer=convolution(name, module))
     if isinstance(module, nn.Linear):
-        return Node(name, "layer", inputs, layer=Layer("linear", *_parameters(name, module)))
+        return Node(name, "layer", inputs, layer=linear(name, module))
     if isinstance(module, _ABSENT):
         return None
     if isinstance(module, nn.Flatten):
         if (module.start_dim, module.end_dim) != (1, -1):
-            raise _refuse(name, "Flatten", "only start_dim=1, end_dim=-1 keeps one row per image")
+            raise refuse(name, "Flatten", "only start_dim=1, end_dim=-1 keeps one row per image")
         return Node(name, "flatten", inputs)
     if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-        return Node(name, "batch_norm", inputs, batch_norm=_batch_norm(name, module))
+        return Node(name, "batch_norm", inputs, batch_norm=batch_norm(name, module))
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return _average(name, inputs, module.output_size)
     if isinstance(module, nn.AvgPool2d):
         return _avg_pool(name, inputs, vars(module))
     if isinstance(module, nn.MaxPool2d):
-        if module.return_indices or _pair(module.dilation) != (1, 1):
-            raise _refuse(name, "MaxPool2d", "return_indices and dilation are not supported")
+        if module.return_indices or pair(module.dilation) != (1, 1):
+            raise refuse(name, "MaxPool2d", "return_indices and dilation are not supported")
         return _max_pool(name, inputs, module.kernel_size, module.stride, module.padding, module.ceil_mode)
     for family in FAMILIES.values():
         if type(module) is family.module:
             values = {parameter: getattr(module, parameter) for parameter in family.parameters}
             return Node(name, "activation", inputs, activation=_activation(name, family, values))
     if isinstance(module, nn.Softmax | nn.LogSoftmax):
-        raise _refuse(name, type(module).__name__, _LEAVE_OUT)
+        raise refuse(name, type(module).__name__, _LEAVE_OUT)
     known = "Conv2d, Linear, BatchNorm2d, Flatten, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, " + ", ".join(
         family.module.__name__ for family in FAMILIES.values()
     )
-    raise _refuse(name, type(module).__name__, f"not supported; there are {known}")
+    raise refuse(name, type(module).__name__, f"not supported; there are {known}")
 
 
 _ABSENT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
@@ -213,7 +212,7 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
     if node.target in _DROPOUTS:
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
         if training:
-            raise _refuse(node.name, "dropout", "is at work in eval mode too; pass training=self.training")
+            raise refuse(node.name, "dropout", "is at work in eval mode too; pass training=self.training")
         return None
     if node.target in ("view", "reshape", torch.reshape):
         shape = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size", ())),)
@@ -223,13 +222,13 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
         if len(shape) == 2 and (_is_batch_size(shape[0]) or shape[0] == -1) and _widths_read(model, node) == [shape[1]]:
             return Node(node.name, "flatten", inputs)  # of an image of another size the Linear layer complains
         why = "only view(x.size(0), -1), or view(-1, N) in front of Linear(N, ...), keeps one row per image"
-        raise _refuse(node.name, "view", why)
+        raise refuse(node.name, "view", why)
     if node.target in (nn.functional.max_pool2d, torch.max_pool2d):
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
         _require_numbers(node.name, "max_pool2d", given)
-        if given.get("return_indices") or _pair(given.get("dilation", 1)) != (1, 1):
-            raise _refuse(node.name, "max_pool2d", "return_indices and dilation are not supported")
+        if given.get("return_indices") or pair(given.get("dilation", 1)) != (1, 1):
+            raise refuse(node.name, "max_pool2d", "return_indices and dilation are not supported")
         return _max_pool(
             node.name, inputs, given["kernel_size"], given.get("stride"), given.get("padding", 0),
             bool(given.get("ceil_mode", False)),
@@ -254,22 +253,22 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
         if (start, end) == (1, -1):
             return Node(node.name, "flatten", inputs)
     if node.target in ("mean", torch.mean):
-        raise _refuse(node.name, "mean", "only over height and width, dimensions 2 and 3, of images")
+        raise refuse(node.name, "mean", "only over height and width, dimensions 2 and 3, of images")
     if node.target in _ADDITIONS:
         if len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
-            raise _refuse(node.name, "add", "only the sum of two streams is supported")
+            raise refuse(node.name, "add", "only the sum of two streams is supported")
         return Node(node.name, "add", inputs)
     if node.target in (torch.cat, torch.concat, torch.concatenate):
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
         if dim != 1:
-            raise _refuse(node.name, "cat", f"along dimension {dim}; only channels, dimension 1, can be concatenated")
+            raise refuse(node.name, "cat", f"along dimension {dim}; only channels, dimension 1, can be concatenated")
         return Node(node.name, CONCATENATION, inputs) if len(inputs) > 1 else None
     if node.target is nn.functional.adaptive_avg_pool2d:
         size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
         _require_numbers(node.name, "adaptive_avg_pool2d", {"output_size": size})
         return _average(node.name, inputs, size)
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    raise _refuse(node.name, str(what), _LEAVE_OUT if str(what) in ("softmax", "log_softmax") else "not supported")
+    raise refuse(node.name, str(what), _LEAVE_OUT if str(what) in ("softmax", "log_softmax") else "not supported")
 
 
 def _is_batch_size(value: object) -> bool:
@@ -280,7 +279,7 @@ def _is_batch_size(value: object) -> bool:
 def _require_numbers(name: str, what: str, given: Mapping) -> None:
     if _sides(list(given.values())):
         why = "sizes of tensors only for an average over all of an image, both sides of it: avg_pool2d(x, x.shape[2:])"
-        raise _refuse(name, what, why)
+        raise refuse(name, what, why)
 
 
 def _widths_read(model: nn.Module, node: fx.Node) -> list[int]:
@@ -296,18 +295,18 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 def _max_pool(name: str, inputs: tuple[str, ...], kernel, stride, padding, ceil_mode: bool) -> Node:
-    size = _pair(kernel)
-    attributes = {"kernel_size": size, "stride": _pair(stride or size), "padding": _pair(padding)}
+    size = pair(kernel)
+    attributes = {"kernel_size": size, "stride": pair(stride or size), "padding": pair(padding)}
     return Node(name, "max_pool", inputs, attributes=attributes | ({"ceil_mode": True} if ceil_mode else {}))
 
 
 def _avg_pool(name: str, inputs: tuple[str, ...], given: Mapping) -> Node:
-    if given.get("ceil_mode") or _pair(given.get("padding", 0)) != (0, 0) or given.get("divisor_override"):
-        raise _refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
+    if given.get("ceil_mode") or pair(given.get("padding", 0)) != (0, 0) or given.get("divisor_override"):
+        raise refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
     if given["kernel_size"] is None:
         return _average(name, inputs, 1)
-    size = _pair(given["kernel_size"])
-    attributes = {"kernel_size": size, "stride": _pair(given.get("stride") or size)}
+    size = pair(given["kernel_size"])
+    attributes = {"kernel_size": size, "stride": pair(given.get("stride") or size)}
     return Node(name, "avg_pool", inputs, attributes=attributes)
 
 
@@ -315,41 +314,7 @@ def _average(name: str, inputs: tuple[str, ...], size) -> Node:
     """An average over the whole image, or over as many parts of it as `size` says."""
     if size in (1, (1, 1), [1, 1]):
         return Node(name, "avg_pool", inputs, attributes={"kernel_size": None, "stride": None})
-    return Node(name, "adaptive_avg_pool", inputs, attributes={"output_size": _pair(size)})
-
-
-def _batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm:
-    """Scale and shift with the running statistics, computed in float64."""
-    if module.running_mean is None or module.running_var is None:
-        raise _refuse(name, type(module).__name__, "without running statistics it is no fixed function")
-    _require_real(name, module, module.running_var)
-    with torch.no_grad():
-        variance = module.running_var.double().cpu() + module.eps
-        gamma, beta = (
-            torch.full_like(variance, value) if getattr(module, part) is None
-            else _masked(module, part).detach().double().cpu()
-            for part, value in (("weight", 1.0), ("bias", 0.0))
-        )  # fmt: skip
-        scale = gamma / variance.sqrt()
-        shift = beta - module.running_mean.double().cpu() * scale
-    for part, tensor in (("scale", scale), ("shift", shift)):
-        if not torch.isfinite(tensor).all():
-            raise _refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
-    return BatchNorm(scale.float() + 0.0, shift.float() + 0.0)
-
-
-def _convolution(name: str, module: nn.Conv2d) -> Layer:
-    if isinstance(module, nn.ConvTranspose2d) or module.groups != 1 or module.padding_mode != "zeros":
-        raise _refuse(name, type(module).__name__, "only convolutions with groups=1 and padding_mode='zeros'")
-    kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
-    if isinstance(module.padding, str):
-        full = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        if module.padding == "same" and any(f % 2 for f in full):
-            raise _refuse(name, "Conv2d", "padding='same' with an even kernel pads one side more than the other")
-        padding = (full[0] // 2, full[1] // 2) if module.padding == "same" else (0, 0)
-    else:
-        padding = _pair(module.padding)
-    return Layer("conv", *_parameters(name, module), _pair(module.stride), padding, dilation)
+    return Node(name, "adaptive_avg_pool", inputs, attributes={"output_size": pair(size)})
 
 
 def _activation(name: str, family: Family, values: Mapping[str, object]) -> Activation:
@@ -357,53 +322,4 @@ def _activation(name: str, family: Family, values: Mapping[str, object]) -> Acti
     try:
         return family.make(**values)
     except LtxError as error:
-        raise _refuse(name, family.module.__name__, str(error).partition(": ")[2]) from None
-
-
-def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias in force: of a plain layer, one with `weight_mask` buffers, or torch.nn.utils.prune's."""
-    if not isinstance(module, Masked) and type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
-        raise _refuse(name, type(module).__name__, "a subclass with a forward of its own may compute anything")
-    _require_real(name, module, module.weight)
-    with torch.no_grad():
-        weight = _in_force(module, "weight")
-        bias = torch.zeros(len(weight)) if module.bias is None else _in_force(module, "bias")
-    for part, tensor in (("weight", weight), ("bias", bias)):
-        if not torch.isfinite(tensor).all():
-            raise _refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
-    return weight, bias
-
-
-def _require_no_hooks(name: str, module: nn.Module) -> None:
-    """Refuse hooks besides those of torch.nn.utils.prune, whose masks are looked at."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks):
-        raise _refuse(name, type(module).__name__, "hooks may change what it computes; remove them")
-
-
-def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
-    if tensor.is_meta:
-        raise _refuse(name, type(module).__name__, "has no values, it lies on the device 'meta'; load its parameters")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise _refuse(name, type(module).__name__, f"has {kind} parameters, ltx takes float32; call model.float()")
-
-
-def _masked(module: nn.Module, part: str) -> Tensor:
-    parameter = getattr(module, f"{part}_orig", getattr(module, part))
-    mask = getattr(module, f"{part}_mask", None)
-    return parameter if mask is None else parameter * mask
-
-
-def _in_force(module: nn.Module, part: str) -> Tensor:
-    tensor = _masked(module, part)
-    # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
-    return tensor.detach().float().cpu().contiguous() + 0.0
-
-
-def _pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _refuse(name: str, what: str, why: str) -> ConstructionError:
-    return ConstructionError(f"module '{name}' ({what}): {why}")
+        raise refuse(name, family.module.__name__, str(error).partition(": ")[2]) from None

@@ -19,6 +19,11 @@ ACTIVATIONS = {  # those of the paper, in its order, and the others
 PM = "±"
 
 
+def label_of(activation: str) -> str:
+    """What an activation is called in tables; of a network of one's own, which may have several, their names."""
+    return ACTIVATIONS.get(activation, activation)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table in the forms in which it is written."""
@@ -95,7 +100,7 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
     on_paper = (first.data, first.network) == ("mnist", "mnist_cnn")
     places = f".{digits}f"
     for activation, construction, mine in _variants(results):
-        label = ACTIVATIONS.get(activation, activation)
+        label = label_of(activation)
         theirs = paper[paper.row == activation].set_index("column")
         target, (mean, half) = float(mine[target_column].iloc[0]), interval(mine.loc[:, ticket_column])
         row = {"activation": label, "construction": construction}
@@ -261,8 +266,7 @@ def _deep_note(results: pd.DataFrame) -> str:
 def failure_note(failures: list[dict]) -> str:
     """Which tickets could not be constructed, and why; nothing where all could."""
     lines = [
-        f" Not constructed, and not in the means: {ACTIVATIONS.get(f['activation'], f['activation'])}, "
-        f"{f['construction']}, "
+        f" Not constructed, and not in the means: {label_of(f['activation'])}, {f['construction']}, "
         f"seed {f['seed']} ({f['error']})."
         for f in failures
     ]

@@ -40,10 +40,8 @@ def run(settings: Settings) -> Path:
         LtxError: the ticket is not valid, or, which would be an error of `ltx`, is farther from its target somewhere
             than was proven.
     """
-    path, ticket, target = find_ticket(settings)
-    target = targets_at.require_known(path, ticket, target)
-    targets_at.require_images(target)
-    targets_at.require_range(path, ticket, target)
+    path, ticket, known = find_ticket(settings)
+    target = targets_at.require_comparable(path, ticket, known)
     written = path.with_name("certificate.json")
     about = {
         "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,

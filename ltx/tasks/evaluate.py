@@ -56,9 +56,7 @@ def run(settings: Settings) -> Path:
         candidate = partial(_sampled, path, target)
     else:
         path, ticket, known = find_ticket(settings)
-        target = targets_at.require_known(path, ticket, known)
-        targets_at.require_images(target)
-        targets_at.require_range(path, ticket, target)
+        target = targets_at.require_comparable(path, ticket, known)
         candidate = partial(_explicit, path, ticket, target, device)
     result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ltx import paths
 from ltx.activations import ACTIVATIONS
 from ltx.config import ActivationName, FeedbackSettings, Settings
 from ltx.errors import LtxError
@@ -71,9 +72,7 @@ def run(settings: Settings) -> Path:
 
 def _name(settings: Settings) -> str:
     t = settings.target
-    if t.module:
-        return f"{t.module.split(':')[-1]}-{settings.data.name}"
-    return Path(t.checkpoint).stem if t.checkpoint else t.name
+    return paths.own_name(settings) or (Path(t.checkpoint).stem if t.checkpoint else t.name)
 
 
 def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Path) -> None:

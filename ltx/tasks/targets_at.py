@@ -63,45 +63,52 @@ def find(settings: Settings) -> Path | None:
 
 def _serves(settings: Settings, reference: Path) -> bool:
     """Whether a kept target was trained by the protocol of the settings, for at least as many epochs."""
-    metadata = targets.read_checkpoint(reference).metadata
-    different = _differences(settings, metadata)
-    longer = _training(metadata).get("epochs", 0) >= settings.protocol.epochs
-    return metadata.get("protocol") == settings.protocol.name and different.keys() <= {"epochs"} and longer
+    said = _account(reference)
+    different = _differences(settings, said)
+    longer = said.training.get("epochs", 0) >= settings.protocol.epochs
+    return said.metadata.get("protocol") == settings.protocol.name and different.keys() <= {"epochs"} and longer
 
 
-def _training(metadata: dict[str, str]) -> dict:
-    """The training settings of a target file; CheckpointError where they are damaged."""
+@dataclass(frozen=True)
+class _Account:
+    """What a target file says of its training."""
+
+    metadata: dict[str, str]
+    training: dict  # its settings
+    accuracy: float  # in percent
+
+
+def _account(path: Path) -> _Account:
+    metadata = targets.read_checkpoint(path).metadata
     try:
         found = json.loads(metadata.get("training", "{}"))
-        float(metadata.get("accuracy", "nan"))
+        accuracy = float(metadata.get("accuracy", "nan"))
     except ValueError:
-        found = None
+        found, accuracy = None, float("nan")
     if not isinstance(found, dict):
-        raise CheckpointError("a target's file says in a damaged way how it was trained; train again with force=true")
-    return found
+        raise CheckpointError(f"{path}: what it says of its training is damaged; train again with force=true")
+    return _Account(metadata, found, accuracy)
 
 
 def describe(path: Path) -> str:
     """One phrase on a target file: its protocol and accuracy."""
-    metadata = targets.read_checkpoint(path).metadata
-    rounds = _training(metadata)
+    said = _account(path)
     return (
-        f"{metadata.get('network')}, {metadata.get('activation')}, {rounds.get('rounds')} rounds of "
-        f"{rounds.get('epochs')} epochs, {float(metadata.get('accuracy', 'nan')):.2f} %"
+        f"{said.metadata.get('network')}, {said.metadata.get('activation')}, {said.training.get('rounds')} rounds of "
+        f"{said.training.get('epochs')} epochs, {said.accuracy:.2f} %"
     )
 
 
 def training_of(path: Path) -> str | None:
     """How a target was trained, in a few words; None where its file does not say."""
-    metadata = targets.read_checkpoint(path).metadata if path.is_file() else {}
-    if "training" not in metadata:
+    said = _account(path) if path.is_file() else None
+    if said is None or not said.training:
         return None
-    rounds = _training(metadata)
-    return f"{metadata.get('protocol')}, {rounds['rounds']} x {rounds['epochs']} epochs"
+    return f"{said.metadata.get('protocol')}, {said.training['rounds']} x {said.training['epochs']} epochs"
 
 
 def _require_same(settings: Settings, path: Path) -> None:
-    different = _differences(settings, targets.read_checkpoint(path).metadata)
+    different = _differences(settings, _account(path))
     if different:
         raise LtxError(
             f"{path} was trained with other settings ({'; '.join(different.values())}); "
@@ -109,12 +116,11 @@ def _require_same(settings: Settings, path: Path) -> None:
         )
 
 
-def _differences(settings: Settings, metadata: dict[str, str]) -> dict[str, str]:
+def _differences(settings: Settings, said: _Account) -> dict[str, str]:
     """Training settings in which a target file differs from the settings, each with a phrase."""
-    now = {**asdict(protocol_of(settings)), "density": settings.density}
-    was = asdict(training.Protocol()) | _training(metadata)  # a file older than a setting has its default
-    now |= {"network": settings.target.network, "data": settings.data.name, "seed": str(settings.target.seed)}
-    was |= {key: metadata.get(key) for key in ("network", "data", "seed")}
+    about = {"network": settings.target.network, "data": settings.data.name, "seed": str(settings.target.seed)}
+    now = {**asdict(protocol_of(settings)), "density": settings.density, **about}
+    was = asdict(training.Protocol()) | said.training | said.metadata  # a file older than a setting has its default
     return {k: f"{k} {was.get(k)}, now {v}" for k, v in now.items() if was.get(k) != v}
 
 
@@ -173,15 +179,6 @@ def load_for(ticket: Ticket, settings: Settings) -> Target | None:
     return None
 
 
-def require_known(path: Path, ticket: Ticket, target: Target | None) -> Target:
-    """The target, where it is known; else LtxError, which says how to give it."""
-    if target is None:
-        raise LtxError(
-            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; {GIVE_IT}"
-        )
-    return target
-
-
 def require_images(target: Target) -> None:
     """Try a network of the user's own on an image of its data.
 
@@ -213,13 +210,24 @@ def unfit_range(ticket: Ticket, target: Target) -> str | None:
     return f"inputs: made for [{ticket.input_low:g}, {ticket.input_high:g}], {target.data} has [{lo:g}, {hi:g}]"
 
 
-def require_range(path: Path, ticket: Ticket, target: Target) -> None:
-    """LtxError where the target's data has inputs outside the range that the ticket was made for."""
+def require_comparable(path: Path, ticket: Ticket, target: Target | None) -> Target:
+    """The target, beside which the ticket can run on its data.
+
+    Raises:
+        LtxError: it is not known, its network does not take its data, or they have inputs outside the range that the
+            ticket was made for.
+    """
+    if target is None:
+        raise LtxError(
+            f"ticket {path}: its target (SHA-256 {ticket.target_sha256[:12]}...) is not known here; {GIVE_IT}"
+        )
+    require_images(target)
     if wrong := unfit_range(ticket, target):
         raise LtxError(
             f"ticket {path} is not valid: {wrong}; construct one for these inputs, or say target.input_range="
             f"[{ticket.input_low!r},{ticket.input_high!r}] where they are those of your data"
         )
+    return target
 
 
 def _own(settings: Settings, name: str) -> Target:
@@ -234,9 +242,8 @@ def _own(settings: Settings, name: str) -> Target:
     if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
         log.info("target.module=%s: its float64 parameters are rounded to float32", name)
         model = model.float()
-    functions = dict.fromkeys(node.activation.name for node in graph.nodes if node.activation is not None)
     return Target(
-        path, model, graph, graph.digest(), name, ",".join(functions) or "identity", settings.data.name,
+        path, model, graph, graph.digest(), name, graph.functions, settings.data.name,
         _input_range(settings, settings.data.name),
     )  # fmt: skip
 

@@ -68,9 +68,8 @@ def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration:
             violations = list(topology(ticket, target))
         except ConstructionError as error:
             violations = [f"graph: has no batch norm; {error}"]
-    functions = dict.fromkeys(node.activation.name for node in target.nodes if node.activation is not None)
-    if ticket.activation != (",".join(functions) or "identity"):
-        violations.append(f"activation '{ticket.activation}': the target has {', '.join(functions) or 'identity'}")
+    if ticket.activation != target.functions:
+        violations.append(f"activation '{ticket.activation}': the target has {target.functions}")
     if violations:
         return Verification(tuple(violations), 0, float("nan"))
     check = Approximation(ticket, target)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltx.activations import from_attributes
 from ltx.errors import LtxError
+from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
 from ltx.ticket import CONSTANT, Ticket
 
 
@@ -19,8 +20,9 @@ def structure(ticket: Ticket) -> Iterator[str]:
         yield f"selection '{ticket.selection}' {'with' if ticket.feedback else 'without'} settings of feedback"
     if ticket.construction not in ("2L", "L+1") or ticket.selection not in ("smallest", "best", "feedback"):
         yield f"construction '{ticket.construction}' or selection '{ticket.selection}' is not known"
-    if not (0 <= ticket.seed < 2**64 and 1 <= ticket.base_set_size <= 32):
-        yield f"seed {ticket.seed} is not below 2**64, or base_set_size {ticket.base_set_size} not from 1 to 32"
+    if not (0 <= ticket.seed < 2**64 and 1 <= ticket.base_set_size <= MAX_BASE_SET_SIZE):
+        size = f"base_set_size {ticket.base_set_size} not from 1 to {MAX_BASE_SET_SIZE}"
+        yield f"seed {ticket.seed} is not below 2**64, or {size}"
         return
     for names in ([layer.name for layer in ticket.layers], [node.name for node in ticket.graph]):
         if len(set(names)) < len(names):

@@ -1,0 +1,98 @@
+"""The parameters of single modules as they are in force: masks applied, statistics folded in, oddities refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from ltx.errors import ConstructionError
+from ltx.graph.nodes import BatchNorm, Layer
+from ltx.targets.masked import Masked
+
+
+def batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm:
+    """Scale and shift with the running statistics, computed in float64."""
+    if module.running_mean is None or module.running_var is None:
+        raise refuse(name, type(module).__name__, "without running statistics it is no fixed function")
+    _require_real(name, module, module.running_var)
+    with torch.no_grad():
+        variance = module.running_var.double().cpu() + module.eps
+        gamma, beta = (
+            torch.full_like(variance, value) if getattr(module, part) is None
+            else _masked(module, part).detach().double().cpu()
+            for part, value in (("weight", 1.0), ("bias", 0.0))
+        )  # fmt: skip
+        scale = gamma / variance.sqrt()
+        shift = beta - module.running_mean.double().cpu() * scale
+    for part, tensor in (("scale", scale), ("shift", shift)):
+        if not torch.isfinite(tensor).all():
+            raise refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
+    return BatchNorm(scale.float() + 0.0, shift.float() + 0.0)
+
+
+def convolution(name: str, module: nn.Conv2d) -> Layer:
+    if isinstance(module, nn.ConvTranspose2d) or module.groups != 1 or module.padding_mode != "zeros":
+        raise refuse(name, type(module).__name__, "only convolutions with groups=1 and padding_mode='zeros'")
+    kernel, dilation = pair(module.kernel_size), pair(module.dilation)
+    if isinstance(module.padding, str):
+        full = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        if module.padding == "same" and any(f % 2 for f in full):
+            raise refuse(name, "Conv2d", "padding='same' with an even kernel pads one side more than the other")
+        padding = (full[0] // 2, full[1] // 2) if module.padding == "same" else (0, 0)
+    else:
+        padding = pair(module.padding)
+    return Layer("conv", *_parameters(name, module), pair(module.stride), padding, dilation)
+
+
+def linear(name: str, module: nn.Linear) -> Layer:
+    return Layer("linear", *_parameters(name, module))
+
+
+def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias in force: of a plain layer, one with `weight_mask` buffers, or torch.nn.utils.prune's."""
+    if not isinstance(module, Masked) and type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+        raise refuse(name, type(module).__name__, "a subclass with a forward of its own may compute anything")
+    _require_real(name, module, module.weight)
+    with torch.no_grad():
+        weight = _in_force(module, "weight")
+        bias = torch.zeros(len(weight)) if module.bias is None else _in_force(module, "bias")
+    for part, tensor in (("weight", weight), ("bias", bias)):
+        if not torch.isfinite(tensor).all():
+            raise refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
+    return weight, bias
+
+
+def require_no_hooks(name: str, module: nn.Module) -> None:
+    """Refuse hooks besides those of torch.nn.utils.prune, whose masks are looked at."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks):
+        raise refuse(name, type(module).__name__, "hooks may change what it computes; remove them")
+
+
+def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise refuse(name, type(module).__name__, "has no values, it lies on the device 'meta'; load its parameters")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise refuse(name, type(module).__name__, f"has {kind} parameters, ltx takes float32; call model.float()")
+
+
+def _masked(module: nn.Module, part: str) -> Tensor:
+    parameter = getattr(module, f"{part}_orig", getattr(module, part))
+    mask = getattr(module, f"{part}_mask", None)
+    return parameter if mask is None else parameter * mask
+
+
+def _in_force(module: nn.Module, part: str) -> Tensor:
+    tensor = _masked(module, part)
+    # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
+    return tensor.detach().float().cpu().contiguous() + 0.0
+
+
+def pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def refuse(name: str, what: str, why: str) -> ConstructionError:
+    return ConstructionError(f"module '{name}' ({what}): {why}")

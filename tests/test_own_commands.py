@@ -1,0 +1,268 @@
+"""The commands on a network of the user's own, target.module=PACKAGE.MODULE:FACTORY."""
+
+import json
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import one_line
+from torch.nn.utils import prune
+
+from ltx import data
+from ltx.graph import trace
+from ltx.targets import imported
+from ltx.ticket import Ticket
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.Dropout(), nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+def two_functions():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10))
+
+def attention():
+    return nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2))
+
+def unseeded():
+    torch.seed()
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def number():
+    return 3
+
+def leaves():
+    raise SystemExit(0)
+
+def attention_behind_a_mean():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.attention, self.out = nn.Linear(8, 4), nn.MultiheadAttention(4, 1), nn.Linear(4, 10)
+
+        def forward(self, x):
+            y = self.inside(x)
+            return self.out(self.attention(y, y, y)[0].mean(1))
+
+    return Net()
+
+def empty():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta")
+
+def spatial():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+
+def double():
+    return make().double()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module `nets_NAME` in the working folder; its name."""
+    name = f"nets_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_the_command(own, ltx, tmp_path):
+    given = ["target=digits", f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max"]
+    status, out, err = ltx("construct", *given, "construction=2L")
+    assert status == 0, err
+    path = tmp_path / out.splitlines()[-1]
+    ticket = Ticket.load(path)
+    assert ticket.activation == "relu"
+    for command in ("verify", "eval", "certify"):
+        status, out, err = ltx(command, *given, "construction=2L", *(["certify.starts=4"] * (command == "certify")))
+        assert status == 0, err
+    assert json.loads(path.with_name("result.json").read_text())["network"] == f"{own}:make"
+    again = [str(path), "target=digits", f"target.module={own}:make"]
+    assert ltx("verify", *again)[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "masks", "prune", "parallel"])
+def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
+    model = imported(f"{own}:make")
+    with torch.no_grad():
+        for n in (0, 5, 9):
+            mask = (torch.rand(model[n].weight.shape, generator=torch.Generator().manual_seed(n)) < 0.5).float()
+            if kind == "prune":
+                prune.custom_from_mask(model[n], "weight", mask)
+            elif kind == "masks":
+                model[n].register_buffer("weight_mask", mask)
+            else:
+                model[n].weight.mul_(mask)
+    state = {f"module.{key}" if kind == "parallel" else key: value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "own.pt")
+    given = ["target=digits", f"target.module={own}:make", f"target.checkpoint={tmp_path / 'own.pt'}", "head=construct",
+             "m=20", "scaling=layer_max", "construction=2L"]  # fmt: skip
+    status, out, err = ltx("construct", *given)
+    assert status == 0, err
+    ticket = Ticket.load(tmp_path / out.splitlines()[-1])
+    assert ticket.target_sha256 == trace(model).digest()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("target.module=nothing_here:make", "target.module=nothing_here:make: ModuleNotFoundError: No module named"),
+        ("target.module=OWN:none", "has no attribute 'none'"),
+        ("target.module=OWN", "must be PACKAGE.MODULE:FACTORY, e.g. torchvision.models:resnet18"),
+        ("target.module=OWN:number", "makes a int, not a torch.nn.Module"),
+        ("target.module=OWN:attention", "ltx: "),
+        ("target.module=OWN:leaves", "OWN:leaves: SystemExit: 0"),
+        ("target.module=OWN:attention_behind_a_mean", "module 'attention' (MultiheadAttention): not supported"),
+        ("target.module=OWN:empty", "module '1' (Linear): has no values, it lies on the device 'meta'"),
+    ],
+)
+def test_bad_modules(given, message, own, ltx, tmp_path):
+    status, out, err = ltx("construct", "target=digits", given.replace("OWN", own))
+    assert (status, out) == (1, "")
+    assert message.replace("OWN", own) in err.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("tickets"))
+
+
+def test_modules_that_have_no_meaning(own, ltx, tmp_path):
+    for command, given, message in (
+        ("train-target", [], "train-target: target.module names a network of your own"),
+        ("construct", ["construction=sampled"], "construction=sampled perturbs the paper's targets alone"),
+        ("construct", ["target.input_range=[1,0]"], "must be [LOW, HIGH] with LOW < HIGH, or null"),
+    ):
+        status, _, err = ltx(command, "target=digits", f"target.module={own}:make", *given)
+        assert status == 1
+        assert message in one_line(err)
+
+
+def test_data_that_do_not_fit(own, ltx, tmp_path):
+    given = [f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max", "construction=2L"]
+    status, out, err = ltx("construct", "target=digits", *given)
+    assert status == 0, err
+    path = tmp_path / out.splitlines()[-1]
+    there = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for command, more in (
+        ("eval", [str(path)]),
+        ("certify", [str(path)]),
+        ("construct", ["selection=feedback", "construction=L+1"]),
+        ("export", [str(path), "format=onnx"]),
+    ):
+        status, _, err = ltx(command, "target=resnet22", *given, *more)
+        assert status == 1
+        said = "the ticket" if command == "export" else f"target.module={own}:make:"
+        images = "(3, 32, 32)" if command == "export" else "of cifar10, (3, 32, 32)"
+        assert f"{said} cannot take images {images}" in err.strip().splitlines()[-1]
+        assert "Traceback" not in err
+    wide = ["target=digits", *given, "target.input_range=[-9,9]"]  # beyond what the ticket was made for
+    status, _, err = ltx("certify", str(path), *wide)
+    assert status == 1
+    assert "inputs: made for [-0.811752, 1.84712], digits has [-9, 9]" in err.strip().splitlines()[-1]
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
+
+
+def test_results_on_other_data_are_others(own, ltx, tmp_path, monkeypatch):
+    """No file says which data a network of one's own is for."""
+    monkeypatch.setitem(data.DATASETS, "elsewhere", data.DATASETS["digits"])
+    given = [f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max", "construction=2L", "limit=20"]
+    made = []
+    for name in ("digits", "elsewhere"):
+        where = ["target=digits", f"data.name={name}", *given]
+        assert ltx("construct", *where)[0] == 0
+        status, out, err = ltx("eval", *where)
+        assert (status, "there already" in err) == (0, False)
+        made.append(tmp_path / out.splitlines()[-1])
+        assert json.loads(made[-1].read_text())["data"] == name
+        assert "there already" in ltx("eval", *where)[2]
+    assert made[0] != made[1]
+    for name in ("digits", "elsewhere"):
+        status, _, err = ltx("tables", "target=digits", f"data.name={name}", *given)
+        assert status == 0, err
+        rows = pd.read_csv(tmp_path / "tables" / f"results-make-{name}-m20-eps0.01.csv")
+        assert rows.data.tolist() == [name]
+    ticket = made[0].with_name("ticket.safetensors")  # as a file, which its folder's name says nothing of
+    for command in ("eval", "certify"):
+        for name, there in (("digits", command == "eval"), ("elsewhere", False), ("elsewhere", True)):
+            where = ["target=digits", f"data.name={name}", *given, "certify.starts=0"]
+            status, _, err = ltx(command, str(ticket), *where)
+            assert (status, "there already" in err) == (0, there), (command, name)
+
+
+@pytest.mark.parametrize("factory", ["make", "two_functions"])
+def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factory):
+    """They are not the paper's networks, whatever their data: its values do not stand beside theirs."""
+    monkeypatch.setitem(data.DATASETS, "mnist", data.DATASETS["digits"])
+    given = ["target=mnist", f"target.module={own}:{factory}", "head=construct", "m=20", "scaling=layer_max"]
+    given += ["construction=2L", "limit=20"]
+    for seed in ("seed=0", "seed=1"):
+        assert ltx("construct", *given, seed)[0] == 0
+        assert ltx("eval", *given, seed)[0] == 0
+    status, _, err = ltx("tables", *given)
+    assert status == 0, err
+    table = pd.read_csv(tmp_path / "tables" / f"table1-{factory}-mnist-m20-eps0.01.csv")
+    assert table.activation.tolist() == [{"make": "ReLU", "two_functions": "relu,tanh"}[factory]]
+    assert table.n.tolist() == [2]
+    assert not [column for column in table if "paper" in column]
+    assert "mnist, 20 test images" in (tmp_path / "tables" / f"table1-{factory}-mnist-m20-eps0.01.md").read_text()
+    status, _, err = ltx("tables", *given, "target.module=nowhere:make")
+    assert status == 1
+    assert "nowhere" in err.strip().splitlines()[-1]
+
+
+def test_outputs_that_are_images(own, ltx, tmp_path):
+    given = ["target=digits", f"target.module={own}:spatial", "head=construct", "m=20", "scaling=layer_max"]
+    status, out, err = ltx("construct", *given)
+    assert status == 0, err
+    path = str(tmp_path / out.splitlines()[-1])
+    assert ltx("verify", path, *given)[0] == 0
+    for command in ("eval", "certify"):
+        status, _, err = ltx(command, path, *given)
+        assert status == 1
+        assert "its output for an image is (3, 4, 4), not a vector of classes" in err.strip().splitlines()[-1]
+        assert "Traceback" not in err
+
+
+def test_float64_is_rounded(own, ltx, tmp_path):
+    given = [
+        "target=digits",
+        f"target.module={own}:double",
+        "head=construct",
+        "m=20",
+        "scaling=layer_max",
+        "construction=2L",
+    ]
+    status, _, err = ltx("construct", *given)
+    assert status == 0, err
+    assert "its float64 parameters are rounded to float32" in err
+    assert ltx("eval", *given)[0] == 0
+
+
+def test_how_to_give_the_target_of_a_ticket_is_said(own, ltx, tmp_path):
+    given = ["target=digits", "head=construct", "m=20", "scaling=layer_max", "construction=2L"]
+    status, out, err = ltx("construct", *given, f"target.module={own}:make")
+    assert status == 0, err
+    path = str(tmp_path / out.splitlines()[-1])
+    for command, expected in (("verify", 0), ("eval", 1), ("certify", 1)):
+        status, _, err = ltx(command, path)
+        assert status == expected
+        assert "is not known here" in err
+        assert "one of your own with target.module=PACKAGE.MODULE:FACTORY" in err
+
+
+def test_a_factory_that_draws_anew_has_another_target_each_time(own, ltx):
+    given = ["target=digits", f"target.module={own}:unseeded", "construction=2L", "head=construct"]
+    status, _, err = ltx("construct", *given)
+    assert status == 0, err
+    status, _, err = ltx("verify", *given)
+    assert status == 1
+    assert "its parameters are other ones each time" in err.strip().splitlines()[-1]

@@ -1,0 +1,223 @@
+"""What is there already: what serves again, what does not, and what an interrupted or a failed run leaves behind."""
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SMOKE, last_line, one_line
+
+from ltx import Ticket
+from ltx.files import read_tensors, write_tensors
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
+def test_kept_targets_serve_the_default_settings(ltx, tmp_path, activation):
+    """A newcomer constructs for MNIST without training anything."""
+    status, out, _ = ltx("construct", "target=mnist", f"activation={activation}", output_dir=tmp_path)
+    assert status == 0
+    assert last_line(out).is_file()
+    status, out, err = ltx("train-target", "target=mnist", f"activation={activation}", output_dir=tmp_path)
+    assert (status, "there already" in err) == (0, True)
+
+
+def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_path):
+    """As after a copy of the ticket alone: tables need to know how it was made."""
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = (*SMOKE, f"target.checkpoint={target}", "seed=5")
+    _, out, _ = ltx("construct", *given)
+    ticket = last_line(out)
+    before, account = ticket.read_bytes(), ticket.with_name("construction.json")
+    account.unlink()
+    status, _, err = ltx("eval", *given, "limit=20")
+    assert status == 0
+    assert f"{account} is not there" in err
+    status, _, err = ltx("construct", *given)
+    assert (status, "construction.json is not beside it; constructing it again" in err) == (0, True)
+    assert account.is_file()
+    assert ticket.read_bytes() == before
+
+
+def test_a_ticket_is_written_last(outputs, ltx, tmp_path, monkeypatch):
+    """Whatever cuts a construction off, where the ticket is the rest is too."""
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = (*SMOKE, f"target.checkpoint={target}", "seed=6")
+
+    def cut_off(self, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ticket, "save", cut_off)
+        assert ltx("construct", *given)[0] == 130
+    assert [p.name for p in tmp_path.glob("tickets/*/*/*")] == ["construction.json"]
+    assert ltx("construct", *given)[0] == 0
+
+
+@pytest.mark.parametrize("construction", ["L+1", "sampled"])
+def test_other_inputs_are_another_ticket(outputs, ltx, construction):
+    """target.input_range decides how a ticket is made, so that one made for another range does not serve."""
+    given = ("construct", *SMOKE, "seed=8", f"construction={construction}", "target.input_range=")
+    made = {}
+    for reach in ("null", "[0,0.5]", "[-5,5]"):
+        status, out, err = ltx(*given[:-1], given[-1] + reach, output_dir=outputs)
+        assert (status, "there already" in err) == (0, False)
+        made[reach] = last_line(out)
+        assert "there already" in ltx(*given[:-1], given[-1] + reach, output_dir=outputs)[2]
+    assert len(set(made.values())) == 3
+    if construction == "L+1":
+        assert (Ticket.load(made["[-5,5]"]).input_low, Ticket.load(made["[-5,5]"]).input_high) == (-5, 5)
+        usual, narrow = made["null"], made["[0,0.5]"]
+        usual.write_bytes(narrow.read_bytes())  # of a version that put both into one folder
+        assert "there already" not in ltx(*given[:-1], given[-1] + "null", output_dir=outputs)[2]
+        assert Ticket.load(usual).input_low != 0
+        for reach in made:
+            assert ltx("eval", *given[1:-1], given[-1] + reach, "limit=20", output_dir=outputs)[0] == 0
+        status, _, err = ltx("tables", *given[1:-3], given[-1] + "[-5,5]", "limit=20", output_dir=outputs)
+        assert status == 0, err
+        assert pd.read_csv(outputs / "tables" / "results-digits.csv").seed.tolist() == [8]
+
+
+def test_a_ticket_in_a_folder_that_cannot_be_written_is_not_begun(outputs, ltx, monkeypatch):
+    from ltx.tasks import construct
+
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    monkeypatch.setattr(construct, "construct", lambda *_, **__: pytest.fail("was begun"))
+    monkeypatch.setattr(construct, "sampled", lambda *_, **__: pytest.fail("was begun"))
+    for more in ("construction=L+1", "construction=sampled"):
+        status, out, err = ltx("construct", *SMOKE, f"target.checkpoint={target}", more, "output_dir=/dev/null/ltx")
+        assert (status, out) == (1, "")
+        assert "cannot write /dev/null/ltx" in one_line(err)
+
+
+def test_training_that_cannot_be_written_is_not_begun(ltx, monkeypatch):
+    from ltx import training
+
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("was begun"))
+    status, out, err = ltx("train-target", *SMOKE, "output_dir=/dev/null/ltx")
+    assert (status, out) == (1, "")
+    assert "cannot write /dev/null/ltx" in one_line(err)
+
+
+def test_output_folder_that_cannot_be_written(outputs, ltx):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    status, out, err = ltx("construct", *SMOKE, f"target.checkpoint={target}", output_dir=Path("/dev/null/x"))
+    assert (status, out) == (1, "")
+    assert "cannot write /dev/null/x" in one_line(err)
+    status, _, err = ltx("construct", "--multirun", *SMOKE, "seed=0,1", output_dir=Path("/dev/null/x"))
+    assert status == 1
+    assert "cannot write /dev/null/x" in one_line(err)
+
+
+def test_a_damaged_ticket_is_constructed_again(outputs, ltx):
+    status, out, _ = ltx("construct", *SMOKE, "seed=21", output_dir=outputs)
+    path = last_line(out)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300])
+    status, _, err = ltx("construct", *SMOKE, "seed=21", output_dir=outputs)
+    assert status == 0
+    assert "constructing it again" in err
+    assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_of_another_network_is_refused(ltx):
+    kept = ROOT / "outputs" / "reference" / "targets" / "mnist-relu.safetensors"
+    status, _, err = ltx("construct", "target=resnet22", f"target.checkpoint={kept}")
+    assert status == 1
+    assert "is a mnist_cnn for mnist, target=resnet22 is a resnet22" in one_line(err)
+
+
+def test_a_target_of_other_data_or_another_network_does_not_serve(outputs, ltx):
+    for given, difference in (
+        ("target.network=resnet22", "network mnist_cnn, now resnet22"),
+        ("data.name=mnist", "data digits, now mnist"),
+    ):
+        for command in ("train-target", "construct"):
+            status, _, err = ltx(command, *SMOKE, given, output_dir=outputs)
+            assert (status, difference in err) == (1, True), err
+    status, _, err = ltx("construct", "target=mnist", "data=digits", "activation=tanh")
+    assert (status, "no target at" in err) == (1, True)
+    status, _, err = ltx("train-target", "target=mnist", "data=digits", "protocol=smoke", "use_reference=true")
+    assert (status, "there already" in err) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("target.weight_decay=-1", "target.weight_decay=-1.0: must be a number, at least 0"),
+        ("target.weight_decay=nan", "target.weight_decay=nan"),
+        ("target.learning_rate=inf", "target.learning_rate=inf: must be a positive number"),
+    ],
+)
+def test_training_settings_without_meaning(ltx, tmp_path, given, message):
+    status, _, err = ltx("train-target", *SMOKE, given)
+    assert (status, message in one_line(err)) == (1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_that_diverges_is_no_target(ltx, tmp_path):
+    status, out, err = ltx(
+        "train-target", *SMOKE, "target.learning_rate=1e30", "target.bound=null", "protocol.rounds=1"
+    )
+    assert (status, out) == (1, "")
+    assert "the loss is nan in round 1, epoch 1; lower target.learning_rate" in err.strip().splitlines()[-1]
+    assert not list(tmp_path.rglob("target.safetensors"))
+
+
+def test_damaged_accounts_of_training(outputs, ltx, tmp_path):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    tensors, metadata = read_tensors(target)
+    mine = tmp_path / target.relative_to(outputs)
+    for change in ({"training": "{"}, {"training": "[1]"}, {"accuracy": "x"}):
+        write_tensors(mine, tensors, metadata | change)
+        status, _, err = ltx("train-target", *SMOKE)
+        assert status == 1
+        assert "train again with force=true" in one_line(err)
+
+
+def test_a_ticket_of_other_settings_in_the_folder_does_not_serve(outputs, ltx, tmp_path):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = ["construct", *SMOKE, f"target.checkpoint={target}", "selection=feedback", "feedback.samples=50"]
+    given += ["feedback.images=8", "m=8"]
+    one, two = (last_line(ltx(*given, f"feedback.penalty={penalty}")[1]) for penalty in ("5e-8", "1e-3"))
+    whole = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    status, _, err = ltx(*given, "feedback.penalty=5e-8")
+    assert (status, "there already" in err) == (0, False)
+    assert one.read_bytes() == whole
+    tensors, metadata = read_tensors(one)
+    for change in ({"penalty": -1}, {"sweeps": "4"}, {"images": "8"}, {"images_sha256": 3}):
+        feedback = json.loads(metadata["feedback"]) | change
+        write_tensors(tmp_path / "other.safetensors", tensors, metadata | {"feedback": json.dumps(feedback)})
+        status, _, err = ltx("verify", str(tmp_path / "other.safetensors"))
+        assert (status, "damaged metadata" in one_line(err)) == (1, True)
+    less = {k: v for k, v in json.loads(metadata["feedback"]).items() if k != "penalty"}
+    write_tensors(tmp_path / "other.safetensors", tensors, metadata | {"feedback": json.dumps(less)})
+    assert "damaged metadata" in one_line(ltx("verify", str(tmp_path / "other.safetensors"))[2])
+    name = next(name for name in tensors if name.endswith(".error"))
+    boundless = {**tensors, name: torch.full_like(tensors[name], float("inf"))}
+    write_tensors(tmp_path / "other.safetensors", boundless, metadata)
+    status, _, err = ltx("verify", str(tmp_path / "other.safetensors"), f"target.checkpoint={target}")
+    assert (status, f"{name}: claims an infinite error" in err) == (1, True)
+
+
+def test_tables_leave_out_results_of_another_ticket(outputs, ltx, tmp_path):
+    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
+    given = [*SMOKE, f"target.checkpoint={target}"]
+    tickets = []
+    for seed in (0, 1):
+        tickets.append(last_line(ltx("construct", *given, f"seed={seed}")[1]))
+        assert ltx("eval", *given, f"seed={seed}")[0] == 0
+    os.utime(tickets[0])  # as a copy has: the same ticket
+    assert ltx("tables", *given)[0] == 0
+    table = pd.read_csv(tmp_path / "tables" / "results-target.csv")
+    assert sorted(table.seed) == [0, 1]
+    tickets[0].write_bytes(tickets[1].read_bytes())
+    status, _, err = ltx("tables", *given)
+    assert (status, "the ticket beside it is another one; run ltx eval again" in err) == (0, True)
+    assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [1]
+    for ticket in tickets:  # results may be kept without them
+        ticket.unlink()
+    assert ltx("tables", *given)[0] == 0
+    assert sorted(pd.read_csv(tmp_path / "tables" / "results-target.csv").seed) == [0, 1]
