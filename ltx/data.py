@@ -93,7 +93,9 @@ def _torchvision(name: str, dataset: Callable[..., Any], root: Path, train: bool
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the artefact's path
             return dataset(str(root), train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
-        what = "holds damaged files" if there else "does not hold it, and it could not be downloaded"
+        what = (
+            "holds damaged files, or not all of them," if there else "does not hold it, and it could not be downloaded"
+        )
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name}: {folder if there else root} {what} ({reason}); put {files} into {folder}, or name "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -248,6 +249,22 @@ def test_a_gpu_where_there_is_none(ltx, tmp_path):
     status, _, err = ltx("construct", "device=cuda", output_dir=tmp_path)
     assert status == 1
     assert "no CUDA device" in one_line(err)
+
+
+def test_the_command_that_trains_a_missing_target_is_the_one_that_helps(ltx, tmp_path):
+    """Also where it is sought in a folder of its own, of a seed of its own."""
+    where = tmp_path / "my outputs"
+    _, _, err = ltx("construct", "target=digits", "protocol=smoke", "target.seed=3", output_dir=where)
+    advised = shlex.split(one_line(err).split("train it with: ltx ")[1])
+    status, _, _ = ltx(*advised)
+    assert status == 0
+    status, _, err = ltx("construct", "target=digits", "protocol=smoke", "target.seed=3", output_dir=where)
+    assert status == 0, err
+
+
+def test_a_layer_that_loses_every_parameter_is_named(ltx, tmp_path):
+    _, _, err = ltx("train-target", "target=digits", "protocol=smoke", "target.density=1e-6", output_dir=tmp_path)
+    assert "no parameter is left of 0.weight, 2.weight, 5.weight; a larger target.density" in err
 
 
 def test_damaged_mnist(ltx, tmp_path):

@@ -104,6 +104,7 @@ def _rival(settings: Settings, selection: str, m: int, solver: Callable) -> dict
     values, targets = _problems(settings, m, 4096, "cpu")
     found = subset_sum.solve(values, targets, settings.epsilon, selection=selection)
     x, theta, n = values.numpy(), targets.numpy(), 0
+    solver(x[0, :1], float(theta[0]), settings.epsilon, selection)  # imports are not part of its time
     begin, answers = time.perf_counter(), []
     while n < len(theta) and (n == 0 or time.perf_counter() - begin < settings.seconds):
         answers.append(solver(x[n], float(theta[n]), settings.epsilon, selection))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ltx import data, paths, targets, training
-from ltx.config import Settings
+from ltx.config import Settings, TargetSettings
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import outputs
 from ltx.graph import Graph, trace
@@ -142,12 +143,20 @@ def load(settings: Settings) -> Target:
         return target
     found = find(settings)
     if found is None:
-        raise LtxError(
-            f"no target at {paths.target_file(settings)}; train it with: ltx train-target "
-            f"target={settings.target.name} activation={settings.activation.value} "
-            f"protocol={settings.protocol.name}"
-        )
+        raise LtxError(f"no target at {paths.target_file(settings)}; train it with: {_command(settings)}")
     return _read(found, settings)
+
+
+def _command(settings: Settings) -> str:
+    """What trains the target that `paths.target_file` names, where the command looks for it."""
+    said = {
+        "target": settings.target.name, "activation": settings.activation.value, "protocol": settings.protocol.name,
+    }  # fmt: skip
+    if settings.target.seed != TargetSettings.seed:
+        said["target.seed"] = str(settings.target.seed)
+    if settings.output_dir != Settings.output_dir:
+        said["output_dir"] = shlex.quote(settings.output_dir)
+    return " ".join(["ltx train-target", *(f"{key}={value}" for key, value in said.items())])
 
 
 def load_for(ticket: Ticket, settings: Settings) -> Target | None:

@@ -82,7 +82,10 @@ def _train(settings: Settings, path: Path) -> Path:
             model, train_split, test_split, protocol, settings.density,
             seed=settings.target.seed, checkpoint=checkpoint, compiled=settings.compile, on_progress=show,
         )  # fmt: skip
-    kept = sum(int(mask.sum()) for _, mask in targets.prunable(model).values())
+    kept_of = {name: int(mask.sum()) for name, (_, mask) in targets.prunable(model).items()}
+    kept = sum(kept_of.values())
+    if empty := [name for name, many in kept_of.items() if name.endswith("weight") and many == 0]:
+        log.warning("no parameter is left of %s; a larger target.density keeps some", ", ".join(empty))
     targets.save_target(
         path,
         model,
