@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -9,9 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ltx import synflow
 from ltx.data import Split
@@ -146,10 +149,12 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, proto
     device = data.images.device
     amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(str(device)))
 
+    by_onednn = contextlib.nullcontext() if call is not model or device.type != "cpu" else _TanhByOneDnn()
+
     def step(index: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
         images, labels = _batch(data, protocol, index, shifts, mirrored)
         model.zero_grad(set_to_none=True)
-        with amp:
+        with amp, by_onednn:
             logits = call(images.contiguous(memory_format=torch.channels_last))
         loss = nn.functional.cross_entropy(logits.float(), labels)
         loss.backward()
@@ -159,6 +164,31 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, proto
         return step
     model.train()
     return _Captured(step, next(_draws(data, protocol, seed=(0, 0, 0))), model)
+
+
+class _TanhByOneDnn(TorchFunctionMode):
+    """Tanh as oneDNN computes it, in a third of the time of PyTorch's on a CPU, to the same digits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.tanh and torch.backends.mkldnn.is_available():
+            return _OneDnnTanh.apply(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _OneDnnTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        images = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        dense = x.permute(0, 2, 3, 1) if images else x  # to_mkldnn makes contiguous what is not
+        y = dense.to_mkldnn().tanh().to_dense()
+        y = y.permute(0, 3, 1, 2) if images else y
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(gradients[0], y)
 
 
 class _Captured:

@@ -125,6 +125,38 @@ def test_gradients_keep_the_layout_of_images(activation, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not training.fast_bf16("cpu"), reason="float32 here")),
+    ],
+)
+def test_tanh_by_onednn_is_pytorchs(dtype):
+    """Every value of bf16 (those below its least normal one may be 0), in every layout, gradients too."""
+    bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    values = bits[bits.isfinite()].to(dtype)
+    layouts = (
+        values, values.view(16, 4, 30, 34), values.view(16, 4, 30, 34).contiguous(memory_format=torch.channels_last),
+        values.view(30, 2176).t(), values[:0],
+    )  # fmt: skip
+    for given in layouts:
+        ours, theirs = (given.clone().requires_grad_() for _ in range(2))
+        with training._TanhByOneDnn():
+            found = nn.Tanh()(ours)
+        assert "OneDnn" in found.grad_fn.name()
+        wanted = torch.tanh(theirs)
+        if given.ndim == 4:
+            assert found.stride() == wanted.stride()
+        weights = torch.rand_like(wanted)
+        (found * weights).sum().backward()
+        (wanted * weights).sum().backward()
+        least = torch.finfo(dtype).smallest_normal
+        close = {"rtol": 0 if dtype == torch.bfloat16 else 2e-7, "atol": least}
+        torch.testing.assert_close(found, wanted, **close)
+        torch.testing.assert_close(ours.grad, theirs.grad, **(close | {"atol": 1e-6}))
+
+
 def test_ends_at_the_density_within_the_bound_and_learns(splits):
     model, seen = fresh(), []
     protocol = training.Protocol(rounds=3, epochs=2, batch_size=32, learning_rate=0.005, bound=0.2)
