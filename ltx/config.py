@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -259,12 +259,25 @@ def settings_from(config: DictConfig) -> Settings:
     missing = OmegaConf.missing_keys(config)
     if missing:
         raise LtxError(f"settings without a value: {', '.join(sorted(missing))}; give them as KEY=VALUE")
+    unknown = _unknown(config)
+    if unknown:
+        raise LtxError(f"there is no setting {', '.join(unknown)}; ltx COMMAND --help lists the settings")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Settings)
     s = settings
     for part in (s, s.target, s.protocol, s.feedback, s.pair, s.bounds, s.certify):
         part.check()
     return settings
+
+
+def _unknown(config: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that Hydra's +KEY=VALUE added; no setting has a place for them."""
+    schema = OmegaConf.get_type(config)
+    if not is_dataclass(schema):
+        return []
+    names = {f.name for f in fields(schema)}
+    inner = (_unknown(config[k], f"{prefix}{k}.") for k in names if OmegaConf.is_dict(config._get_node(k)))
+    return sorted(f"{prefix}{key}" for key in config if key not in names) + [k for found in inner for k in found]
 
 
 def register() -> None:

@@ -39,7 +39,8 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
     s = settings
     target = _target(s, target_digest)
     if s.construction.value == "sampled":
-        name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}{_inputs(s)}-seed{s.seed}"
+        kept = "-keep" if s.head.value == "keep" else ""
+        name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}{kept}{_inputs(s)}-seed{s.seed}"
         return Path(s.output_dir) / "tickets" / target / name / "sampled.safetensors"
     selection = s.selection.value
     if selection == "feedback":

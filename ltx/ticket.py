@@ -42,7 +42,7 @@ class TicketNode:
     attributes: dict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # comparisons of tensors have no truth value
 class Ticket:
     """A subnetwork of the source network, and what it was made for.
 

@@ -342,9 +342,11 @@ def _resume(model: nn.Module, checkpoint: Path, settings: str) -> _Start:
         state, metadata = read_tensors(checkpoint)
     except SafetensorError as error:
         raise CheckpointError(f"{checkpoint}: damaged ({error}); remove it to start again") from error
+    if metadata.get("round") == metadata.get("epoch") == "1":
+        return _Start()  # nothing was trained: of any settings
     if metadata.get("settings") != settings:
         raise CheckpointError(
-            f"{checkpoint}: was written by a run with other settings; remove it to start again, "
+            f"{checkpoint}: was written by a run with other settings; start again with force=true (or remove it), "
             "or choose another output_dir"
         )
     model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})

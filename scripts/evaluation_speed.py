@@ -14,16 +14,26 @@ from pathlib import Path
 
 import torch
 
-from ltx import network
+from ltx import data, network
 from ltx.evaluation import outputs
 from ltx.ticket import Ticket
 
 
+def image_shape(ticket: Ticket) -> tuple[int, ...]:
+    """Of the first data set whose images the ticket takes."""
+    module = ticket.to_module()
+    for spec in data.DATASETS.values():
+        try:
+            outputs(module, torch.zeros(1, *spec.shape))
+            return spec.shape
+        except RuntimeError:
+            continue
+    sys.exit(f"the ticket takes no images of {', '.join(data.DATASETS)}")
+
+
 def main(path: Path, images: int) -> None:
     ticket = Ticket.load(path)
-    channels = next(layer for layer in ticket.layers).shape[1]
-    size = 28 if channels == 1 else 32
-    x = torch.rand(images, channels, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(images, *image_shape(ticket), generator=torch.Generator().manual_seed(0))
     results = {}
     for name, below in (("sparse", network.SPARSE_BELOW), ("dense float32", 0.0)):
         network.SPARSE_BELOW = below

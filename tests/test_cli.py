@@ -209,6 +209,8 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
         (["construct", "target=imagenet"], "target/imagenet"),
         (["construct", "m=0"], "m=0: the base set size must be at least 1"),
         (["construct", "constructon=2L"], "ltx COMMAND --help lists the settings"),
+        (["construct", "+sed=3"], "there is no setting sed; ltx COMMAND --help lists the settings"),
+        (["construct", "+feedback.sample=3"], "there is no setting feedback.sample;"),
         (["construct", "head=keep=1"], "head=keep=1: mismatched input"),
         (["construct", "m=33"], "between 1 and 32"),
         (["construct", "m=many"], "many"),

@@ -30,6 +30,14 @@ def two_functions():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10))
 
+def large():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 10, 8), nn.ReLU(), nn.Flatten(), nn.Linear(10, 10))
+    with torch.no_grad():
+        net[0].weight.uniform_(.1, .9)
+        net[3].weight.uniform_(.1, .9)
+    return net
+
 def attention():
     return nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2))
 
@@ -245,6 +253,19 @@ def test_float64_is_rounded(own, ltx, tmp_path):
     assert status == 0, err
     assert "its float64 parameters are rounded to float32" in err
     assert ltx("eval", *given)[0] == 0
+
+
+def test_what_float32_rounds_is_no_error_of_the_certificate(own, ltx, tmp_path):
+    """Sums of some 20 differ by 3e-5 in float32; in float64 they lie within the bound, which is of exact arithmetic."""
+    given = ["target=digits", f"target.module={own}:large", "construction=2L", "m=30", "epsilon=1e-7"]
+    assert ltx("construct", *given)[0] == 0
+    status, _, err = ltx("certify", *given, "certify.starts=40", "certify.steps=30")
+    assert status == 0, err
+    assert "in float32, which rounds," in err
+    result = json.loads(next(tmp_path.glob("tickets/*/*/certificate.json")).read_text())
+    assert all(max(row["measured"], row["ascent"]) <= row["certificate"] for row in result["outputs"])
+    assert 0 < result["ascent"] < result["certificate"] < 1e-4
+    assert "(largest error 0.000000)" not in ltx("verify", *given)[2]
 
 
 def test_how_to_give_the_target_of_a_ticket_is_said(own, ltx, tmp_path):

@@ -14,6 +14,7 @@ from ltx.activations import ACTIVATIONS
 from ltx.constructions import Statistics
 from ltx.constructions.sampled import PROBLEMS, sampled
 from ltx.deviation import sampled_deviations, ticket_deviations
+from ltx.errors import ConstructionError
 from ltx.graph import above, fold_batch_norm, run, trace
 from ltx.network import TicketNetwork
 from ltx.subset_sum import sample
@@ -285,6 +286,15 @@ def test_sampled_errors_have_the_moments_of_the_statistics():
     assert abs(float(error.abs().mean()) - expected.mean()) < 4 * expected.std() / n**0.5
     size = drawn.size[drawn.solved].mean()
     assert found.parameters == pytest.approx(15 * size * found.target_parameters, rel=0.03)
+    kept = sampled(model, seed=3, head="keep")
+    (head,) = trace(model).head
+    assert torch.equal(kept.state[f"{head}.weight"], model.state_dict()[f"{head}.weight"])
+    assert torch.equal(kept.state["conv.weight"], found.state["conv.weight"])
+    given = trace(model).layers[head].parameters_above(0.01)
+    assert given > 0
+    assert kept.target_parameters == found.target_parameters - given
+    with pytest.raises(ConstructionError, match="head 'kept' is not known"):
+        sampled(model, head="kept")
 
 
 def test_the_account_of_deviations():

@@ -163,6 +163,20 @@ def test_training_that_diverges_is_no_target(ltx, tmp_path):
     assert (status, out) == (1, "")
     assert "the loss is nan in round 1, epoch 1; lower target.learning_rate" in err.strip().splitlines()[-1]
     assert not list(tmp_path.rglob("target.safetensors"))
+    assert ltx("train-target", *SMOKE, "protocol.rounds=1")[0] == 0  # what it advises works where it was given
+
+
+def test_sampled_errors_of_a_head_are_drawn_where_it_is_constructed(outputs, ltx):
+    results = {}
+    for head in ("keep", "construct"):
+        given = [*SMOKE, "construction=sampled", f"head={head}"]
+        assert ltx("construct", *given, output_dir=outputs)[0] == 0
+        status, out, _ = ltx("eval", *given, output_dir=outputs)
+        assert status == 0
+        results[head] = json.loads(Path(last_line(out)).read_text())
+        assert results[head]["head"] == head
+    assert results["keep"]["target_parameters"] < results["construct"]["target_parameters"]
+    assert results["keep"]["ticket_parameters"] < results["construct"]["ticket_parameters"]
 
 
 def test_damaged_accounts_of_training(outputs, ltx, tmp_path):

@@ -324,6 +324,8 @@ def test_no_problems(selection, m):
         (np.ones((2, 3), complex), np.ones(2), 0.1, "best", "real numbers"),
         (np.array([["a", "b"]]), np.ones(1), 0.1, "best", "real numbers"),
         (torch.ones(2, 3, dtype=torch.complex64), np.ones(2), 0.1, "best", "real numbers"),
+        (torch.ones(2, 3).to_sparse(), torch.ones(2), 0.1, "best", "dense arrays of real numbers"),
+        (torch.ones(2, 3, device="meta"), torch.ones(2), 0.1, "best", "dense arrays of real numbers"),
     ],
 )
 def test_refuses_bad_problems(x, theta, epsilon, selection, message):

@@ -34,7 +34,7 @@ class Sampled:
 
 def sampled(
     model: nn.Module, *, base_set_size: int = 15, epsilon: float = 0.01, seed: int = 0, selection: str = "smallest",
-    input_range: tuple[float, float] = (-1.0, 1.0),
+    input_range: tuple[float, float] = (-1.0, 1.0), head: str = "construct",
 ) -> Sampled:  # fmt: skip
     """Draw the errors and the size of an L+1 ticket for `model` (its state is left alone).
 
@@ -43,16 +43,21 @@ def sampled(
 
     Args:
         base_set_size, epsilon, selection, input_range: as in `ltx.construct`.
+        head: `construct` treats the classifier like any layer, as the paper does; `keep` leaves it as it is, uncounted.
         seed: of the errors. The problems that they are drawn from are the same for all seeds.
 
     Raises:
-        ConstructionError: the model's layers cannot be traced, or its parameters are not in its state.
+        ConstructionError: the model's layers cannot be traced, or its parameters are not in its state; an unknown head,
+            or nothing else.
         LtxError: as `ltx.subset_sum.solve`.
     """
     graph = trace(model)
     generator = torch.Generator().manual_seed(seed)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    layers = {name: layer for name, layer in graph.layers.items() if not graph.is_projection(name)}
+    if head not in ("keep", "construct"):
+        raise ConstructionError(f"head '{head}' is not known; there are keep, construct")
+    kept = graph.head if head == "keep" else ()
+    layers = {n: layer for n, layer in graph.layers.items() if n not in kept and not graph.is_projection(n)}
     if not layers:
         raise ConstructionError("the network has no layer whose parameters could get errors")
     first, last = next(iter(layers)), list(layers)[-1]

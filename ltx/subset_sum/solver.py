@@ -79,8 +79,8 @@ def solve(
     if len(shape) != 2 or targets_shape != shape[:1]:
         raise LtxError(f"subset sums: values {shape} and targets {targets_shape} must be (n, m) and (n,)")
     m = shape[1]
-    if not (_is_real(values) and _is_real(targets)):
-        raise LtxError("subset sums: values and targets must be real numbers")
+    if not (_is_dense_and_real(values) and _is_dense_and_real(targets)):
+        raise LtxError("subset sums: values and targets must be dense arrays of real numbers")
     if not 1 <= m <= MAX_BASE_SET_SIZE:
         raise LtxError(f"subset sums: a base set has {m} values, 1 to {MAX_BASE_SET_SIZE} are possible")
     if selection not in SELECTIONS:
@@ -159,9 +159,9 @@ def _enumerated_sizes(m: int, within: float) -> int:
     return size
 
 
-def _is_real(array: np.ndarray | Tensor) -> bool:
+def _is_dense_and_real(array: np.ndarray | Tensor) -> bool:
     if isinstance(array, Tensor):
-        return not array.is_complex()
+        return not (array.is_complex() or array.is_meta) and array.layout == torch.strided
     return array.dtype.kind in "fiub"
 
 

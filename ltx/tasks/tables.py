@@ -115,7 +115,7 @@ def _entries(
             continue
         if any(entry.get(key, value) != value for key, value in meant.items()):  # of an earlier ltx not all say it
             continue
-        needs = epsilon | (built if entry.get("kind") == "explicit" else {})
+        needs = epsilon | (built if entry.get("kind") == "explicit" else {"head": built["head"]})
         if entry.get("selection") != "feedback":
             needs |= sums
         elif settings.selection.value == "best" and not any_sums:
