@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import images, small_cnn
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from ltx import LtxError, construct, verify
 from ltx.activations import leaky_relu
@@ -129,6 +129,22 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
 
 
+class StandardisedInside(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+class Halved(nn.BatchNorm2d):
+    def forward(self, input):
+        return 0.5 * super().forward(input)
+
+
+def replaced(model, name, function, method="forward"):
+    """The model with another function in place of a module's own."""
+    setattr(model.get_submodule(name), method, function)
+    return model
+
+
 def doubled(model, name):
     """The model with a hook that doubles what a module gives."""
     model.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -167,6 +183,45 @@ def test_what_float32_cannot_tell_from_the_offset_is_refused():
     assert verify(construct(deep(7, nn.Softplus), input_range=(0, 1), **{**how, "construction": "L+1"})).ok
 
 
+def test_a_smaller_epsilon_that_float32_cannot_keep_is_said(caplog):
+    model = sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Softplus(), nn.Conv2d(2, 2, 3, padding=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
+    how = {"base_set_size": 24, "head": "construct", "scaling": "layer_max"}
+    construct(model, epsilon=1e-2, **how)
+    assert not caplog.records
+    ticket = construct(model, epsilon=1e-4, **how)
+    (record,) = caplog.records
+    assert "layer 0: float32 rounds a parameter behind opposite rows of softplus" in record.getMessage()
+    x = images()
+    with torch.no_grad():
+        single, double = ticket.to_module()(x), ticket.to_module().double()(x.double())
+        theirs = model.double()(x.double())
+    assert (double - theirs).abs().max() < 1e-2 < 10 * (single - theirs).abs().max()
+
+
+def test_a_network_in_training_is_traced_as_in_eval_mode_and_left_alone():
+    model = sequential(parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    evaluated = trace(model).digest()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    assert trace(model).digest() == evaluated
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class AddsTwice(nn.Module):
+    def __init__(self, add):
+        super().__init__()
+        self.first, self.second, self.add = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1), add
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.add(x, self.second(x))
+
+
+@pytest.mark.filterwarnings("ignore:This overload of add is deprecated")
 def test_refusals():
     hooked = nn.Linear(4, 2)
     hooked.register_forward_pre_hook(lambda module, args: None)
@@ -184,6 +239,17 @@ def test_refusals():
 
     for model, message in (
         (sequential(Standardised(1, 2, 3)), "forward of its own"),
+        (sequential(StandardisedInside(1, 2, 3)), r"module '0' \(StandardisedInside\): .*_conv_forward of its own"),
+        (sequential(nn.Conv2d(1, 2, 3), Halved(2)), r"module '1' \(Halved\): .*forward of its own"),
+        (replaced(sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "1", torch.tanh), r"\(ReLU\): its forward was replaced"),
+        (replaced(sequential(nn.Conv2d(1, 2, 3)), "", torch.tanh), r"\(Sequential\): its forward was replaced"),
+        (
+            replaced(sequential(nn.Conv2d(1, 2, 3)), "0", nn.functional.conv2d, "_conv_forward"),
+            r"module '0' \(Conv2d\): its _conv_forward was replaced",
+        ),
+        (AddsTwice(lambda x, y: torch.add(x, 2, y)), "only the sum of two streams"),
+        (AddsTwice(lambda x, y: x.add(2, y)), "only the sum of two streams"),
+        (AddsTwice(lambda x, y: torch.add(x, y, alpha=2)), "only the sum of two streams"),
         (sequential(nn.Flatten(), hooked), "hooks"),
         (doubled(sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "1"), r"module '1' \(ReLU\): hooks"),
         (doubled(sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), "1"), r"module '1' \(BatchNorm2d\): hooks"),

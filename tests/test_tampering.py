@@ -10,6 +10,7 @@ from conftest import images, randomise, small_cnn
 from torch import nn
 
 from ltx import LtxError, Ticket, construct, verify
+from ltx.activations import ACTIVATIONS
 from ltx.errors import CheckpointError
 from ltx.files import read_tensors, write_tensors
 from ltx.graph import trace
@@ -91,6 +92,8 @@ def test_verify_says_which_rule_is_broken(honest, relu):
             honest, graph=(*honest.graph[:3], twice, *honest.graph[3:])
         ),
         f"given.{head}.weight: must be float32": given("weight", torch.Tensor.double),
+        f"given.{head}.bias: has NaN": given("bias", lambda t: t / 0),
+        "a sum has more terms than a base set": replace(honest, base_set_size=1),
         "its given parameters have shapes": given("bias", lambda t: t[:-1]),
         "2.slots: has shape": replace(honest, slots={**honest.slots, "2": slots.double()}),
         "seed -1 is not": replace(honest, seed=-1),
@@ -115,6 +118,16 @@ def test_verify_says_which_rule_is_broken(honest, relu):
     for reason, ticket in wrong.items():
         found = verify(ticket, graph).violations
         assert any(reason in violation for violation in found), (reason, found)
+
+
+@pytest.mark.parametrize("other", ["identity", "leaky_relu"])
+def test_another_activation_inside_a_pair_is_found(honest, relu, other):
+    inside = next(n.name for n in honest.graph if n.op == "activation")
+    ticket = node(honest, inside, attributes=ACTIVATIONS[other].attributes)
+    assert any(
+        f"node '{inside}' is {other}, no activation of the target" in violation
+        for violation in verify(ticket, trace(relu)).violations
+    )
 
 
 def test_an_entry_without_its_opposite_is_found():

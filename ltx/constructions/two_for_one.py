@@ -14,6 +14,7 @@ larger kernel, of which a row keeps one tap, and the target's stride (`strides`)
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
 SMALLEST_SIGMA = 1e-30  # so that its inverse is a float32 too
+log = logging.getLogger(__name__)
 ROUNDING = 0.01  # of a parameter by float32, for an input of 1: what is bearable, where epsilon is not larger
 
 
@@ -126,6 +128,11 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
             f"scaled down so far that float32 rounds a parameter by up to {rounding:.2g}; use batch_norm, a smaller "
             "input_range or construction=L+1, which has such rows in front of the image alone"
         )
+    if rounding > plan.epsilon:
+        log.warning(
+            "layer %s: float32 rounds a parameter behind opposite rows of %s by up to %.2g, more than epsilon: only in "
+            "float64 is the ticket nearer to its target than one of epsilon=%.0e", name, phi.name, rounding, rounding,
+        )  # fmt: skip
     image = target.kind == "conv" or (place.stream is not None and not place.vector)
     geometry = pair_geometry(
         target, name, weight.shape[2], image=image, kernel=plan.pair_kernel, stride=plan.pair_stride

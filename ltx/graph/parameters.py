@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 
 from ltx.errors import ConstructionError
 from ltx.graph.nodes import BatchNorm, Layer
-from ltx.targets.masked import Masked
+from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
 
 def batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm:
@@ -51,8 +51,6 @@ def linear(name: str, module: nn.Linear) -> Layer:
 
 def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias in force: of a plain layer, one with `weight_mask` buffers, or torch.nn.utils.prune's."""
-    if not isinstance(module, Masked) and type(module).forward not in (nn.Conv2d.forward, nn.Linear.forward):
-        raise refuse(name, type(module).__name__, "a subclass with a forward of its own may compute anything")
     _require_real(name, module, module.weight)
     with torch.no_grad():
         weight = _in_force(module, "weight")
@@ -61,6 +59,25 @@ def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tenso
         if not torch.isfinite(tensor).all():
             raise refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
     return weight, bias
+
+
+_KNOWN = {
+    nn.Conv2d: (nn.Conv2d.forward, MaskedConv2d.forward),
+    nn.Linear: (nn.Linear.forward, MaskedLinear.forward),
+    (nn.BatchNorm2d, nn.BatchNorm1d): (nn.BatchNorm2d.forward,),
+}
+
+
+def require_its_own_computation(name: str, module: nn.Module) -> None:
+    """Refuse what may compute something else than its class: hooks, an override in a subclass or in an instance."""
+    require_no_hooks(name, module)
+    known = next((forwards for base, forwards in _KNOWN.items() if isinstance(module, base)), None)
+    if known is not None and type(module).forward not in known:
+        raise refuse(name, type(module).__name__, "a subclass with a forward of its own may compute anything")
+    if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        raise refuse(name, type(module).__name__, "a subclass with a _conv_forward of its own may compute anything")
+    if replaced := {"forward", "_conv_forward"} & vars(module).keys():
+        raise refuse(name, type(module).__name__, f"its {min(replaced)} was replaced; take that back")
 
 
 def require_no_hooks(name: str, module: nn.Module) -> None:

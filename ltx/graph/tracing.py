@@ -14,16 +14,27 @@ from ltx.errors import ConstructionError, LtxError
 from ltx.evaluation import eval_mode
 from ltx.graph.concatenation import CONCATENATION, take_apart
 from ltx.graph.nodes import Graph, Node
-from ltx.graph.parameters import batch_norm, convolution, linear, pair, refuse, require_no_hooks
+from ltx.graph.parameters import (
+    batch_norm,
+    convolution,
+    linear,
+    pair,
+    refuse,
+    require_its_own_computation,
+    require_no_hooks,
+)
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+_LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
 
 class _Tracer(fx.Tracer):
     """Layers are leaves, whatever module their class was defined in."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> Graph:
@@ -38,11 +49,15 @@ def trace(model: nn.Module) -> Graph:
     model = model.module if isinstance(model, _PARALLEL) else model
     if not isinstance(model, nn.Module):
         raise ConstructionError(f"a {type(model).__name__} is no torch.nn.Module; give the network itself")
-    for module in (wrapped, model):
-        require_no_hooks("", module)  # torch.fx calls those of modules within, and neither these nor those of leaves
+    require_no_hooks("", wrapped)
+    require_its_own_computation("", model)  # torch.fx sees what is on modules within, not on this one nor on leaves
+    with eval_mode(model):  # parametrizations compute parameters from the mode
+        return _trace(model)
+
+
+def _trace(model: nn.Module) -> Graph:
     try:
-        with eval_mode(model):
-            traced = _Tracer().trace(model)
+        traced = _Tracer().trace(model)
     except Exception as error:  # fx raises many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConstructionError(
@@ -163,7 +178,7 @@ def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node |
 
 
 def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> Node | None:
-    require_no_hooks(name, module)
+    require_its_own_computation(name, module)
     if isinstance(module, nn.Conv2d):
         return Node(name, "layer", inputs, layer=convolution(name, module))
     if isinstance(module, nn.Linear):
@@ -255,7 +270,8 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
     if node.target in ("mean", torch.mean):
         raise refuse(node.name, "mean", "only over height and width, dimensions 2 and 3, of images")
     if node.target in _ADDITIONS:
-        if len(inputs) != 2 or node.kwargs.get("alpha", 1) != 1:
+        numbers = [a for a in node.args if not isinstance(a, fx.Node)]  # torch.add(x, 2, y) is x + 2 y
+        if len(inputs) != 2 or numbers or node.kwargs.get("alpha", 1) != 1:
             raise refuse(node.name, "add", "only the sum of two streams is supported")
         return Node(node.name, "add", inputs)
     if node.target in (torch.cat, torch.concat, torch.concatenate):

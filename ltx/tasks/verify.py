@@ -43,7 +43,7 @@ def run(settings: Settings) -> None:
         )
     elif ticket.feedback:
         log.info(
-            "%d sums stand for parameters of %s, %s (largest error %.4g), and nothing else is kept",
+            "%d sums stand for parameters of %s, %s (largest error %.6g), and nothing else is kept",
             result.approximated, target.path,
             "none within a bound" if math.isinf(ticket.within) else f"within {ticket.within:g}",
             result.max_parameter_error,
@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
             )  # fmt: skip
     else:
         log.info(
-            "%d sums lie within %g of the parameters of %s (largest error %.4g), and nothing else is kept",
+            "%d sums lie within %g of the parameters of %s (largest error %.6g), and nothing else is kept",
             result.approximated, ticket.epsilon, target.path, result.max_parameter_error,
         )  # fmt: skip
 

@@ -211,6 +211,11 @@ class Approximation:
             return
         sums.index_put_(index, term[into], accumulate=True)
         kept[index] = True
+        if not self.ticket.feedback:  # with it, narrow layers have more slots
+            most = self.ticket.base_set_size * (2 if layer.opposite == "columns" else 1)
+            many = torch.zeros_like(sums, dtype=torch.int32).index_put_(index, torch.ones_like(rows[into]).int(), True)
+            for row, _ in (many > most).nonzero()[:1].tolist():
+                yield f"layer {layer.name}, row {row // len(sets)}: a sum has more terms than a base set of the ticket"
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
         wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)

@@ -31,6 +31,8 @@ def structure(ticket: Ticket) -> Iterator[str]:
     for name, tensor in ticket.given.items():
         if tensor.dtype != torch.float32:
             yield f"given.{name}: must be float32, is {tensor.dtype}"
+        elif not bool(tensor.isfinite().all()):
+            yield f"given.{name}: has NaN or infinite entries"
     if ticket.law != "uniform":
         yield f"law '{ticket.law}' is not known"
     if not (math.isfinite(ticket.epsilon) and ticket.epsilon > 0):

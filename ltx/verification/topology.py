@@ -106,6 +106,7 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
     result = _Operations()
     copies: dict[str, SourceLayer] = {}  # node inside a pair -> the pair's first layer
     active: set[str] = set()  # those of them that are behind the activation inside the pair
+    theirs = [node.activation.attributes for node in target.nodes if node.activation is not None]
     for name in order:
         node = nodes[name]
         layer = ticket.layer(node.attributes["layer"]) if node.op == "layer" else None
@@ -114,6 +115,8 @@ def _ticket_operations(ticket: Ticket, target: Graph) -> list[Operation] | str:
         if pair is not None and node.op in ("activation", "flatten"):
             if node.op == "activation" and (node.inputs[0] in active or len(_readers(ticket, node.inputs[0])) != 1):
                 return f"graph: node '{name}' follows the copies of {pair.target}, the sums must"
+            if node.op == "activation" and node.attributes not in theirs:
+                return f"graph: node '{name}' is {node.attributes.get('function')}, no activation of the target"
             copies[name] = pair
             if node.op == "activation" or node.inputs[0] in active:
                 active.add(name)
