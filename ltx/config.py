@@ -276,7 +276,7 @@ def _unknown(config: DictConfig, prefix: str = "") -> list[str]:
     if not is_dataclass(schema):
         return []
     names = {f.name for f in fields(schema)}
-    inner = (_unknown(config[k], f"{prefix}{k}.") for k in names if OmegaConf.is_dict(config._get_node(k)))
+    inner = (_unknown(config[k], f"{prefix}{k}.") for k in names if OmegaConf.is_dict(config[k]))
     return sorted(f"{prefix}{key}" for key in config if key not in names) + [k for found in inner for k in found]
 
 

@@ -10,11 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ltx import synflow
 from ltx.data import Split
@@ -22,6 +20,7 @@ from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import accuracy
 from ltx.files import read_tensors, write_tensors
 from ltx.memory import keep_freed_memory
+from ltx.onednn import TanhByOneDnn
 from ltx.targets.masked import prunable
 
 
@@ -88,7 +87,7 @@ def train(
 
     Raises:
         CheckpointError: `checkpoint` belongs to other settings.
-        LtxError: torch.compile does not work here.
+        LtxError: torch.compile does not work here, the loss is no number, or `checkpoint` cannot be written.
     """
     device = str(data.images.device)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -107,8 +106,6 @@ def train(
             metadata = {"round": str(round_), "epoch": str(epoch), "settings": settings}
             write_tensors(checkpoint, state | dict(optimizer), metadata)
 
-    if start.round == 1 and start.epoch == 1:
-        keep(1, 1, {})  # a folder that cannot be written to shows before the first epoch, not after it
     shape = tuple(data.images.shape[1:])
     model.to(device)
     call = _compiled(model) if compiled else model
@@ -149,7 +146,7 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, proto
     device = data.images.device
     amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(str(device)))
 
-    by_onednn = contextlib.nullcontext() if call is not model or device.type != "cpu" else _TanhByOneDnn()
+    by_onednn = contextlib.nullcontext() if call is not model or device.type != "cpu" else TanhByOneDnn()
 
     def step(index: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
         images, labels = _batch(data, protocol, index, shifts, mirrored)
@@ -164,31 +161,6 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, proto
         return step
     model.train()
     return _Captured(step, next(_draws(data, protocol, seed=(0, 0, 0))), model)
-
-
-class _TanhByOneDnn(TorchFunctionMode):
-    """Tanh as oneDNN computes it, in a third of the time of PyTorch's on a CPU, to the same digits."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.tanh and torch.backends.mkldnn.is_available():
-            return _OneDnnTanh.apply(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-class _OneDnnTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        images = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        dense = x.permute(0, 2, 3, 1) if images else x  # to_mkldnn makes contiguous what is not
-        y = dense.to_mkldnn().tanh().to_dense()
-        y = y.permute(0, 3, 1, 2) if images else y
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(gradients[0], y)
 
 
 class _Captured:
@@ -342,8 +314,6 @@ def _resume(model: nn.Module, checkpoint: Path, settings: str) -> _Start:
         state, metadata = read_tensors(checkpoint)
     except SafetensorError as error:
         raise CheckpointError(f"{checkpoint}: damaged ({error}); remove it to start again") from error
-    if metadata.get("round") == metadata.get("epoch") == "1":
-        return _Start()  # nothing was trained: of any settings
     if metadata.get("settings") != settings:
         raise CheckpointError(
             f"{checkpoint}: was written by a run with other settings; start again with force=true (or remove it), "

@@ -72,7 +72,7 @@ def run(settings: Settings) -> Path:
         where["ascent"] = _ascent(settings, network, model, low.to(device), high.to(device))
     found = {}
     for name, (values, at) in where.items():
-        found[name] = _largest(values.double().cpu(), at.cpu(), proven.bound, ticket, target.model)
+        found[name] = _largest(values.double().cpu(), at, proven.bound, ticket, model)
         over = (found[name] > proven.bound).nonzero().flatten().tolist()
         if over:
             raise LtxError(
@@ -132,7 +132,7 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, model
     values, which = apart.max(0)
     over = (values > bound).nonzero().flatten()
     if len(over):
-        x = images[which[over]].double()
+        x = images[which[over].to(images.device)].double().cpu()
         networks = (ticket.to_module(device="cpu").double(), copy.deepcopy(model).cpu().double())
         ours, theirs = (outputs(network, x, batch_size=32) for network in networks)
         exact = (ours - theirs).abs()[torch.arange(len(over)), over]
