@@ -26,7 +26,7 @@ class Feedback:
     penalty: lambda. A parameter has to lower the mean square error of the layer, averaged over its slots, by this share
         of the variance of the target's activations, both measured behind batch norm and behind the sum of a residual
         block. So a parameter of a layer of few slots, which few others share an error with, may cost more.
-    bound: on the error of every single parameter; None for none.
+    bound: on the error of every single parameter, at least the construction's epsilon; None for none.
     reject: a row is given up, as one with a failing problem is, where its error is so many times the median of the rows
         that were tried for its channel; None for never. It costs rows of the source, and no parameters.
     spread: in L+1 a channel of a stream of c channels has m (C / c)^spread slots, at most 32, where C are those of the

@@ -2,27 +2,27 @@
 
     python scripts/constants.py
 
-For each law and epsilon: every m from the first one at which at most a share epsilon of the problems fails, until few
-do. The corollary holds for a theta where C is above all of them; random theta have a smaller one (`ltx figures`).
+The corollary says most where epsilon = delta: with m numbers at most a share epsilon of the problems fails for every
+epsilon >= exp(-m / C). So for each law and m, the least C is m / log(1 / epsilon) at the epsilon at which a share
+epsilon fails. The corollary holds for all m where C is above all of these; they fall beyond m = 8. Random theta have
+a smaller one (`ltx figures`).
 """
 
 from __future__ import annotations
 
-from ltx import subset_sum
+import numpy as np
 
-PROBLEMS = 100_000
-RARE = 20  # failures: fewer say too little
+from ltx import subset_sum
+from ltx.subset_sum.statistics import constant
+
+PROBLEMS = 1_000_000
+LARGEST = 20  # m
 
 if __name__ == "__main__":
     for law in ("uniform", "product"):
-        for epsilon in (0.1, 0.01, 0.001):
-            for m in range(4, subset_sum.MAX_BASE_SET_SIZE + 1):
-                drawn = subset_sum.sample(law, m, epsilon, problems=PROBLEMS, seed=0, theta=1.0)
-                found = subset_sum.summarise(drawn)
-                if found.failures < RARE:
-                    break
-                if found.failure_share <= epsilon:
-                    print(
-                        f"{law:8} epsilon {epsilon:<6} m {m:2}  {found.failures:6} fail  C {found.constant:.2f}",
-                        flush=True,
-                    )
+        for m in range(1, LARGEST + 1):
+            drawn = subset_sum.sample(law, m, 1.0, selection="best", problems=PROBLEMS, seed=0, theta=1.0)
+            errors = np.sort(drawn.error)
+            failing = 1 - np.arange(1, PROBLEMS + 1) / PROBLEMS  # share of the problems, where epsilon is that error
+            epsilon = errors[np.argmax(failing <= errors)]
+            print(f"{law:8} m {m:2}  a share {epsilon:.5f} fails  C {constant(m, epsilon, epsilon):.3f}", flush=True)

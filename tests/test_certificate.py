@@ -203,8 +203,11 @@ def test_intervals_are_rounded_outwards():
 def test_boxes_without_images():
     graph = trace(small_cnn("relu"))
     ticket = construct(graph)
-    for low, high in ((box()[1], box()[0]), (torch.zeros(6, 6), torch.ones(6, 6)), (box()[0], torch.ones(1, 5, 5))):
-        with pytest.raises(LtxError, match=r"low and high must be images \(C, H, W\) with low <= high"):
+    low, high = box()
+    for low, high in (
+        (high, low), (torch.zeros(6, 6), torch.ones(6, 6)), (low, torch.ones(1, 5, 5)), (low, high * torch.inf)
+    ):  # fmt: skip
+        with pytest.raises(LtxError, match=r"low and high must be finite images \(C, H, W\) with low <= high"):
             certify(ticket, graph, low, high)
 
 

@@ -276,6 +276,8 @@ def feedback(**settings):
         ({"scaling": "max"}, "unit, layer_max"),
         ({"seed": -1}, "seed -1"),
         ({"input_range": (1.0, 0.0)}, "below the second"),
+        ({"input_range": (-math.inf, 1.0)}, "two finite numbers"),
+        ({"input_range": (0.0, math.nan)}, "two finite numbers"),
         ({"base_set_size": 0}, "between 1 and 32"),
         ({"epsilon": 0.0}, "positive"),
         ({"epsilon": "small"}, "epsilon 'small' must be a number"),

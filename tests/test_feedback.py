@@ -48,6 +48,22 @@ def test_rows_compute_what_the_ticket_claims(activation, construction, batch_nor
 
 
 @both
+def test_claims_of_targets_that_hardly_vary(construction):
+    """One image: what is left of opposite rows, phi(0) +- phi'(0) x scaled up, is float32's rounding."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Sigmoid(), nn.Linear(4, 2)).eval()
+        shown = torch.rand(1, 1, 4, 4)
+        ticket = construct(model, construction=construction, selection="feedback", calibration=shown, seed=seed,
+                           input_range=(0.0, 1.0), head="construct")  # fmt: skip
+        found = verify(ticket, model, shown)
+        assert found.violations == ()
+        assert 0 < found.max_row_error < 0.1
+        errors = {name: claimed + 1e-3 for name, claimed in ticket.errors.items()}
+        assert "the ticket claims" in verify(replace(ticket, errors=errors), model, shown).violations[0]
+
+
+@both
 def test_false_claims_are_found(construction):
     model, shown = small_resnet(), images(64, 8)
     graph = trace(model)
@@ -283,6 +299,7 @@ def test_gpu_makes_as_good_a_ticket(construction):
         ({"penalty": -1.0}, "feedback.penalty=-1.0: must be a number of at least 0"),
         ({"penalty": float("nan")}, "feedback.penalty=nan"),
         ({"bound": 0.0}, "feedback.bound=0.0: must be a positive number"),
+        ({"bound": 0.005}, "feedback.bound 0.005 is below epsilon 0.01, up to which parameters are left out"),
         ({"spread": 2.0}, "feedback.spread=2.0: must lie between 0 and 1"),
         ({"reject": 0.5}, "feedback.reject=0.5: must be a number of at least 1"),
         ({"order": "alphabetical"}, "feedback.order=alphabetical"),
@@ -301,6 +318,7 @@ def test_settings_without_meaning(settings, message):
         ({"selection": "smallest", "feedback": FEW}, "it alone"),
         ({"selection": "worst"}, "selection 'worst' is not known; there are smallest, best, feedback"),
         ({"selection": "feedback", "calibration": torch.full((2, 1, 6, 6), torch.nan)}, "finite"),
+        ({"selection": "feedback", "calibration": torch.full((2, 1, 6, 6), 1e30)}, "squares are beyond float32"),
         ({"selection": "feedback", "calibration": torch.zeros(2, 6, 6)}, "must be"),
         ({"selection": "feedback", "calibration": torch.zeros(0, 1, 6, 6)}, "must be"),
         ({"selection": "feedback", "calibration": torch.zeros(2, 3, 6, 6)}, "do not fit the network"),

@@ -295,6 +295,9 @@ def test_sampled_errors_have_the_moments_of_the_statistics():
     assert kept.target_parameters == found.target_parameters - given
     with pytest.raises(ConstructionError, match="head 'kept' is not known"):
         sampled(model, head="kept")
+    for seed in (-1, 2**64, 0.5):
+        with pytest.raises(ConstructionError, match="seed"):
+            sampled(model, seed=seed)
 
 
 def test_the_account_of_deviations():

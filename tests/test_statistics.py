@@ -87,6 +87,24 @@ def test_wilson_interval_holds_the_share(hits_and_n):
             assert math.isclose(abs(hits / n - end), 1.96 * math.sqrt(end * (1 - end) / n), rel_tol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": 1.5}, "seed 1.5 must be a whole number"),
+        ({"seed": "3"}, "seed '3' must be a whole number"),
+        ({"seed": -1}, "seed -1 must lie between 0 and"),
+        ({"seed": 2**64}, "seed 18446744073709551616 must lie between 0 and"),
+        ({"m": -1}, "m=-1: must lie between 1 and 32"),
+        ({"m": 5.0}, "m 5.0 must be a whole number"),
+        ({"problems": 10.0}, "problems 10.0 must be a whole number"),
+        ({"theta": math.nan}, "theta=nan: must be a number"),
+    ],
+)
+def test_arguments_without_meaning(arguments, message):
+    with pytest.raises(LtxError, match=message):
+        sample("uniform", epsilon=0.1, **{"m": 5, "problems": 10, **arguments})
+
+
 def test_too_many_problems_are_refused():
     with pytest.raises(LtxError, match="between 2 and"):
         sample("uniform", 5, 0.01, problems=10**9)

@@ -9,9 +9,13 @@ from conftest import images, small_cnn, small_resnet
 from torch import nn
 
 from ltx import LtxError, construct, theory
+from ltx.activations import ACTIVATIONS
 from ltx.constructions import Statistics
+from ltx.constructions.two_for_one import linear_scale, pair_law
 from ltx.graph import run, trace
 from ltx.intervals import channel_intervals
+from ltx.subset_sum import sample
+from ltx.subset_sum.limits import PRODUCT, UNIFORM
 from ltx.theory.widths import rows_of_signs
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
@@ -21,11 +25,12 @@ everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"
 def tiny(construction):
     """conv, phi, conv with so few parameters that the guaranteed m is within the solver's reach.
 
-    In L+1 the first layer is made m times, so that inputs of both signs and biases would make too many problems.
+    In L+1 the first layer is made m times, so that inputs of both signs, biases and channels make too many problems.
     """
     generator = torch.Generator().manual_seed(0)
     bias, phi = construction == "2L", nn.ReLU() if construction == "2L" else nn.Tanh()
-    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=bias), phi, nn.Conv2d(2, 1, 1, bias=bias)).eval()
+    channels = 2 if construction == "2L" else 1
+    model = nn.Sequential(nn.Conv2d(1, channels, 1, bias=bias), phi, nn.Conv2d(channels, 1, 1, bias=bias)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((torch.rand(parameter.shape, generator=generator) * 0.6 + 0.3).mul_(-1))
@@ -152,6 +157,35 @@ def test_the_other_way_round(construction):
     assert smaller[-1] < 0.05
 
 
+def test_what_a_pair_reads_may_be_larger_than_what_the_target_reads():
+    """The worst there is: parameters that are off by all of epsilon behind SiLU, linear enough and no more."""
+    epsilon, many, phi = 0.03, 3, ACTIVATIONS["silu"]
+    weight, gain = 1 - epsilon, pair_law(phi, nonnegative=False).gain
+    model = nn.Sequential(nn.Flatten(), nn.Linear(many, 1, bias=False), nn.SiLU(), nn.Linear(1, 1, bias=False)).eval()
+    with torch.no_grad():
+        model[1].weight.fill_(weight)
+        model[3].weight.fill_(weight)
+
+    def pair(x, reach, terms):
+        sigma = linear_scale(phi, pair_law(phi, nonnegative=False), reach, m=1, epsilon=epsilon, scale=1.0)
+        return terms * (weight + epsilon) / (sigma * gain) * phi.value(sigma * x)
+
+    hidden = phi.value(pair(1.0, 1.0, many))
+    worst = pair(hidden, phi.value(many * (weight + 2 * epsilon) + epsilon), 1) - weight * phi.value(many * weight)
+    layers = dict.fromkeys(trace(model).layers, epsilon)
+    bound = theory.ticket_error(trace(model), layers, dict.fromkeys(layers, 1), construction="2L", head="construct")
+    assert 0.98 * bound < worst <= bound
+
+
+@pytest.mark.parametrize(("law", "constant"), [("uniform", UNIFORM), ("product", PRODUCT)])
+def test_the_constants_of_the_corollary_hold_for_every_m(law, constant):
+    """With m numbers a share of at most epsilon fails, for the least epsilon of which the corollary speaks."""
+    for m in range(1, 15):
+        epsilon = math.exp(-m / constant)
+        failing = 1 - sample(law, m, epsilon, problems=20_000, theta=1.0, seed=1).solved.mean()
+        assert failing <= epsilon, m
+
+
 def test_rows_of_signs():
     for m, chance, signs in ((1, 0.5, 2), (5, 0.1, 2), (15, 1e-6, 2), (5, 0.1, 1), (1, 0.9, 1)):
         n = rows_of_signs(m, chance, signs)
@@ -171,7 +205,8 @@ def test_base_set_sizes():
     [
         ({"error": 0.0}, "error 0 must be a positive number"),
         ({"delta": 1.0}, "delta 1 must lie between 0 and 1"),
-        ({"uniform": 0.0}, "the constants C, 0 and 6.5, must be positive"),
+        ({"uniform": 0.0}, "the constants C, 0 and 7.1, must be positive"),
+        ({"input_range": (0.0, math.inf)}, "input_range .* must be finite"),
         ({"form": "exact"}, "form 'exact' is not known; there are norms, theorem"),
         ({"construction": "3L"}, "construction '3L' is not known; there are 2L, L\\+1"),
     ],

@@ -71,10 +71,10 @@ def certify(ticket: Ticket, target: Graph, low: Tensor, high: Tensor, *, sharp: 
         a bound for the networks in exact arithmetic; float32 adds its own rounding when they are run.
 
     Raises:
-        LtxError: a box without images.
+        LtxError: a box without images, or without bounds.
     """
-    if low.shape != high.shape or low.ndim != 3 or not bool((low <= high).all()):
-        raise LtxError(f"low and high must be images (C, H, W) with low <= high, not {tuple(low.shape)}")
+    if low.shape != high.shape or low.ndim != 3 or not bool(((low <= high) & low.isfinite() & high.isfinite()).all()):
+        raise LtxError(f"low and high must be finite images (C, H, W) with low <= high, not {tuple(low.shape)}")
     if not any(node.op == "batch_norm" for node in ticket.graph):
         target = fold_batch_norm(target)
     low, high = low.double().cpu(), high.double().cpu()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ltx.checks import seed_of, whole
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
@@ -100,8 +100,8 @@ def construct(
     ):
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
-    base_set_size, seed = _whole("base_set_size", base_set_size), _whole("seed", seed)
-    pair_kernel, epsilon = _whole("pair_kernel", pair_kernel), _real("epsilon", epsilon)
+    base_set_size, seed = whole("base_set_size", base_set_size, ConstructionError), seed_of(seed, ConstructionError)
+    pair_kernel, epsilon = whole("pair_kernel", pair_kernel, ConstructionError), _real("epsilon", epsilon)
     input_range, device = _range(input_range), _device(device)
     if not 1 <= base_set_size <= MAX_BASE_SET_SIZE:
         raise ConstructionError(f"base_set_size {base_set_size} must lie between 1 and {MAX_BASE_SET_SIZE}")
@@ -111,8 +111,6 @@ def construct(
         raise ConstructionError("selection 'feedback' needs the copies of every position; use pair_stride='second'")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConstructionError(f"epsilon {epsilon} must be a positive number")
-    if not (0 <= seed < 2**64):
-        raise ConstructionError(f"seed {seed} must lie between 0 and 2**64 - 1")
     if selection not in SELECTIONS:
         raise ConstructionError(f"selection '{selection}' is not known; there are {', '.join(SELECTIONS)}")
     if (selection == "feedback") != (calibration is not None) or (feedback is not None and selection != "feedback"):
@@ -127,6 +125,11 @@ def construct(
     if calibration is not None:
         compared = Calibration(walked, calibration, feedback or Feedback(), seed=seed, device=device)
         within = math.inf if compared.settings.bound is None else compared.settings.bound
+        if within < epsilon:
+            raise ConstructionError(
+                f"feedback.bound {within:g} is below epsilon {epsilon:g}, up to which parameters are left out: lower "
+                "epsilon, too, or raise the bound"
+            )
     plan = Plan(base_set_size, epsilon, seed, selection, scaling, device, pair_kernel, pair_stride, within)
     builder = TicketBuilder(plan, compared)
     _Walk(walked, builder, construction, head).run(input_range, on_layer)
@@ -138,13 +141,6 @@ def construct(
         input_low=input_range[0],
         input_high=input_range[1],
     )
-
-
-def _whole(name: str, value: object) -> int:
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConstructionError(f"{name} {value!r} must be a whole number") from None
 
 
 def _real(name: str, value: object) -> float:
@@ -159,7 +155,10 @@ def _range(value: object) -> tuple[float, float]:
         low, high = value  # type: ignore[misc]
     except (TypeError, ValueError):
         raise ConstructionError(f"input_range {value!r} must be two numbers, (LOW, HIGH)") from None
-    return _real("input_range", low), _real("input_range", high)
+    low, high = _real("input_range", low), _real("input_range", high)
+    if not -math.inf < low < high < math.inf:
+        raise ConstructionError(f"input_range {(low, high)}: must be two finite numbers, the first below the second")
+    return low, high
 
 
 def _device(name: str) -> str:
@@ -197,8 +196,6 @@ class _Walk:
 
     def run(self, input_range: tuple[float, float], on_layer: Callable[[str], None]) -> None:
         lo, hi = input_range
-        if not lo < hi:
-            raise ConstructionError(f"input_range {input_range}: the first value must be below the second")
         places: dict[str, Place] = {}
         for position, node in enumerate(self.graph.nodes):
             inputs = [places[name] for name in node.inputs]

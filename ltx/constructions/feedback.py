@@ -173,8 +173,11 @@ class FeedbackSolver:
         )  # fmt: skip
         worth = weights * self._multipliers[group // taps]
         error, beside = self._error(rows, kinds_there)
-        if not bool(torch.isfinite(error).all()):
-            raise ConstructionError(f"layer {self.layer.target}: activations on the calibration images are not finite")
+        if not bool(torch.isfinite(error.square().sum(1)).all()):
+            raise ConstructionError(
+                f"layer {self.layer.target}: activations on the calibration images are not finite, or their squares "
+                "are beyond float32"
+            )
         chosen, missed = torch.zeros_like(weights, dtype=torch.bool), torch.zeros_like(kinds)
         if self._signals is not None and len(which):
             penalty = self._penalty[kinds_there]

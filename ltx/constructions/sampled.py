@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ltx.checks import seed_of
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import ConstructionError
 from ltx.graph import above, trace
@@ -48,11 +49,11 @@ def sampled(
 
     Raises:
         ConstructionError: the model's layers cannot be traced, or its parameters are not in its state; an unknown head,
-            or nothing else.
+            or nothing else; a seed that is none.
         LtxError: as `ltx.subset_sum.solve`.
     """
     graph = trace(model)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(seed, ConstructionError))
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if head not in ("keep", "construct"):
         raise ConstructionError(f"head '{head}' is not known; there are keep, construct")

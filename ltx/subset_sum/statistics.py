@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ltx import source
+from ltx.checks import seed_of, whole
 from ltx.errors import LtxError
-from ltx.subset_sum.limits import MAX_PROBLEMS
+from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 from ltx.subset_sum.solver import solve
 
 CHUNK = 1 << 16  # problems drawn at a time
@@ -94,8 +95,13 @@ def sample(
         problems: how many, 2 to MAX_PROBLEMS.
 
     Raises:
-        LtxError: as `solve`; an unknown law; too many problems.
+        LtxError: as `solve`; an unknown law; a seed or number of problems that is none.
     """
+    m, problems, seed = whole("m", m), whole("problems", problems), seed_of(seed)
+    if not 1 <= m <= MAX_BASE_SET_SIZE:
+        raise LtxError(f"m={m}: must lie between 1 and {MAX_BASE_SET_SIZE}")
+    if theta is not None and not math.isfinite(theta):
+        raise LtxError(f"theta={theta}: must be a number, or None for random targets")
     if not 2 <= problems <= MAX_PROBLEMS:
         raise LtxError(f"problems={problems}: must lie between 2 and {MAX_PROBLEMS}; several seeds give more")
     error, size = np.empty(problems), np.empty(problems, np.uint8)

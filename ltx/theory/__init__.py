@@ -6,7 +6,7 @@ Three steps lead from an allowed error of the outputs and a failure probability 
 may have (`errors.budgets`). A layer with n parameters in a row, each within epsilon of the target's, that reads inputs
 of at most B in magnitude which deviate by at most D, deviates in any output by at most
 
-    sum_j |w_j + e_j| D + n epsilon max(B, 1) [+ n epsilon max(B, 1)],      |e_j| <= epsilon,
+    sum_j |w_j + e_j| D + n epsilon max(B, 1) [+ n epsilon (max(B, 1) + D)],      |e_j| <= epsilon,
 
 the last part being the linearisation of a pair whose activation is linear near 0 only. In L+1, behind the first layer,
 the first part is another one: the slots of a channel deviate each on its own, and a sum of up to m entries of up to 1,
@@ -119,6 +119,7 @@ def guarantee(
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
     check(0 < delta < 1, f"delta {delta:g} must lie between 0 and 1")
     check(min(uniform, product) > 0, f"the constants C, {uniform:g} and {product:g}, must be positive")
+    check(-math.inf < input_range[0] < input_range[1] < math.inf, f"input_range {input_range} must be finite")
     check(form in FORMS, f"form '{form}' is not known; there are {', '.join(FORMS)}")
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, 0.0, kept=kept)

@@ -1,0 +1,31 @@
+"""What several entrances of the library ask of their arguments."""
+
+from __future__ import annotations
+
+import operator
+
+from ltx.errors import LtxError
+
+
+def whole(name: str, value: object, error: type[LtxError] = LtxError) -> int:
+    """A whole number of any type, also numpy's.
+
+    Raises:
+        error: it is none.
+    """
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise error(f"{name} {value!r} must be a whole number") from None
+
+
+def seed_of(value: object, error: type[LtxError] = LtxError) -> int:
+    """A seed of the generator, 0 to 2**64 - 1.
+
+    Raises:
+        error: it is none.
+    """
+    seed = whole("seed", value, error)
+    if not 0 <= seed < 2**64:
+        raise error(f"seed {seed} must lie between 0 and 2**64 - 1")
+    return seed
