@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from ltx.errors import LtxError
-from ltx.help import FILE, SETTINGS, SUMS, command_help
+from ltx.help import FILE, SETTINGS, SUMS, command_help, override
 
 COMMANDS = {
     "train-target": ("train_target", "train a Synflow-pruned target network"),
@@ -42,7 +42,12 @@ INTERRUPTED = 130  # the exit status, as of a shell
 
 def main() -> None:
     """Entry point of the `ltx` command."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+        print(end="", flush=True)
+    except OSError as error:  # of --help
+        status = _fail(_os_error(error))
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
@@ -85,7 +90,7 @@ def run(arguments: list[str]) -> int:
     overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
     status = 0
     for ticket in tickets:  # one that fails does not keep the others from being looked at
-        status = max(status, _hydra(command, [_quoted("ticket", ticket), *overrides]))
+        status = max(status, _hydra(command, [override("ticket", ticket, always=True), *overrides]))
         if status == INTERRUPTED:
             break
     return status if tickets else _hydra(command, overrides)
@@ -123,12 +128,6 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _quoted(key: str, argument: str) -> str:
-    """`FILE` -> `key='FILE'`, whatever characters it has."""
-    escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
 def conf_dir() -> Path:
     """The configuration folder: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parent
@@ -157,8 +156,13 @@ def _hydra(command: str, overrides: list[str]) -> int:
             if command != "bounds":
                 settings.require_solvable()
             artefact = task.run(settings)
-        except (LtxError, OmegaConfBaseException, MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError | RuntimeError):
+            if artefact is not None:
+                print(artefact)
+            print(end="", flush=True)
+        except (LtxError, OmegaConfBaseException, MemoryError, RuntimeError, OSError) as error:
+            if isinstance(error, OSError):
+                error = LtxError(_os_error(error))
+            elif isinstance(error, MemoryError | RuntimeError):
                 if not _out_of_memory(error):
                     raise
                 error = LtxError(f"out of memory: {LOWER.get(command, LOWER_ELSEWHERE)}")
@@ -167,9 +171,6 @@ def _hydra(command: str, overrides: list[str]) -> int:
                 raise error  # the job runs elsewhere: only its exception comes back
             failures.append(_line(error))
             _fail(failures[-1])
-            return
-        if artefact is not None:
-            print(artefact, flush=True)
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"ltx {command}", *overrides]
@@ -179,7 +180,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
     except (LtxError, HydraException, OmegaConfBaseException) as error:
         return _fail(_line(error))
     except OSError as error:  # Hydra's own folder of a sweep
-        return _fail(f"cannot write {error.filename}: {error.strerror}; choose another place with output_dir=DIR")
+        return _fail(_os_error(error))
     except SystemExit as done:  # --help, --cfg, and what argparse refuses
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:
@@ -206,6 +207,19 @@ def _line(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {line}; settings are KEY=VALUE, with quotes around a VALUE of special characters"
     return line + ("; ltx COMMAND --help lists the settings" if isinstance(cause, ConfigAttributeError) else "")
+
+
+def _os_error(error: OSError) -> str:
+    """What it says of a file that cannot be written, or of the standard output, to which no more is written then."""
+    try:
+        print(end="", flush=True)
+        lost = isinstance(error, BrokenPipeError)
+    except OSError:
+        lost = True
+    if lost:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what it still holds would fail again at the end
+        return f"cannot write to the standard output: {error.strerror}"
+    return f"cannot write {error.filename or 'a file'}: {error.strerror}; choose another place with output_dir=DIR"
 
 
 def _fail(message: str) -> int:

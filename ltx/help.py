@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 ALL = ("train-target", "construct", "eval", "verify", "certify", "export", "tables", "bounds")
 SUMS = ("subset-sum", "figures", "bench")
 TRAIN = ("train-target",)
@@ -25,10 +27,11 @@ SETTINGS = (
     ("target.learning_rate", "0.01", "positive", "largest of a round", TRAIN),
     ("target.weight_decay", "0.1", "0 or more", "AdamW's", TRAIN),
     ("target.bound", "0.99", "positive, null", "parameters are kept within it", TRAIN),
-    ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", TICKET),
-    ("target.module", "null", "PACKAGE.MODULE:FACTORY", "a network of your own", (*TICKET, "bounds")),
-    ("target.input_range", "null", "[LOW, HIGH], null", "of an input element; null: that of the data", (*BUILD,)),
-    ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", BUILD),
+    ("target.checkpoint", "null", "FILE", "a given target: .safetensors, or Synaptic-Flow's .pt", BUILD),
+    ("target.module", "null", "PACKAGE.MODULE:FACTORY", "a network of your own", BUILD),
+    ("target.input_range", "null", "[LOW, HIGH], null", "of an input element; null: that of the data", BUILD),
+    ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", TICKET),
+    ("construction", "L+1", "2L, L+1", "two source layers for a target layer, or one", ("bounds",)),
     ("law", "uniform", "uniform, product, normal", "of the base sets", ("subset-sum", "bench")),
     ("m", "15", "1 to 32", "base set size (bounds: any)", (*BUILD, "subset-sum", "figures")),
     ("epsilon", "0.01", "positive", "allowed error of one parameter", (*BUILD, *SUMS)),
@@ -80,9 +83,9 @@ SETTINGS = (
         BUILD,
     ),
     ("scaling", "unit", "unit, layer_max", "draw from [-1, 1], or as far as a layer reaches", BUILD),
-    ("batch_norm", "keep", "keep, fold", "take batch norm from the target, or fold it into its weights", TICKET),
-    ("pair.kernel", "1", "odd", "of the first layer of a pair; a row keeps one entry of it", TICKET),
-    ("pair.stride", "second", "second, first", "the layer of a pair that has the target's stride", TICKET),
+    ("batch_norm", "keep", "keep, fold", "take batch norm from the target, or fold it into its weights", BUILD),
+    ("pair.kernel", "1", "odd", "of the first layer of a pair; a row keeps one entry of it", BUILD),
+    ("pair.stride", "second", "second, first", "the layer of a pair that has the target's stride", BUILD),
     ("seed", "0", "0 to 2**64 - 1", "of the source network, of random problems", (*BUILD, *SUMS)),
     ("ticket", "null", "FILE", "a ticket file, also as plain argument; so also several", FILE),
     ("limit", "null", "1 or more", "a fixed random subset of the test images", ("eval", "certify", "tables")),
@@ -113,6 +116,21 @@ SETTINGS = (
     ),
 )
 
+_TRAINED = (  # where a trained target is looked for
+    "a trained target is found by the settings that it was trained with: where ltx train-target was given others than",
+    "the usual (target.seed, target.density, protocol.epochs, ...), say them here too.",
+    "",
+)
+
+
+def override(key: str, value: object, *, always: bool = False) -> str:
+    """`KEY=VALUE` as Hydra reads it back: in quotes where VALUE has more than letters, or `always`."""
+    text = str(value)
+    if not always and re.fullmatch(r"[\w./+-]+", text, re.ASCII):
+        return f"{key}={text}"
+    escaped = re.sub(r"(\\+)(?=$|')", r"\1\1", text).replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
 
 def command_help(command: str, summary: str) -> str:
     """The page of one command."""
@@ -129,6 +147,7 @@ def command_help(command: str, summary: str) -> str:
             f"settings{'' if command in SUMS else ' (with target=mnist)'}, what they may be, and what they do:",
             *lines,
             "",
+            *(_TRAINED if command in BUILD else ()),
             "--multirun runs every combination of listed values; --cfg job prints the resolved settings;",
             "--info, --hydra-help and --experimental-rerun are Hydra's.",
         ]

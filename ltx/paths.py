@@ -65,10 +65,15 @@ def bounds_file(settings: Settings, target_digest: str) -> Path:
 
 def _kind(s: Settings) -> str:
     """What of the target is approximated, and by what source."""
-    extra = "-fold" if s.batch_norm.value == "fold" else ""
-    extra += f"-pair{s.pair.kernel}" if s.pair.kernel > 1 else ""
-    extra += "-strided" if s.pair.stride.value == "first" else ""
-    return f"{s.head.value}-{s.scaling.value}{extra}{_inputs(s)}"
+    return f"{s.head.value}-{s.scaling.value}{kind_of(s)}{_inputs(s)}"
+
+
+def kind_of(settings: Settings) -> str:
+    """What of the target is approximated, and by what source, besides head and scaling: what is not as usual."""
+    s = settings
+    kind = "-fold" if s.batch_norm.value == "fold" else ""
+    kind += f"-pair{s.pair.kernel}" if s.pair.kernel > 1 else ""
+    return kind + ("-strided" if s.pair.stride.value == "first" else "")
 
 
 def _inputs(s: Settings) -> str:

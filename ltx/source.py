@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltx.compiled import compiled
+
 BIAS_LAYER = 0x80000000
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -116,7 +118,7 @@ def _key(seed: int) -> tuple[int, int]:
     return seed & _LOW, seed >> 32
 
 
-@numba.njit(cache=True, inline="always")
+@compiled(inline="always")
 def _philox_word(c0, c1, c2, c3, k0, k1, word):
     low, shift = np.uint64(_LOW), np.uint64(32)
     for _ in range(10):
@@ -130,7 +132,7 @@ def _philox_word(c0, c1, c2, c3, k0, k1, word):
     return c2 if word == 2 else c3
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled(parallel=True)
 def _uniform_cpu(seed, layer, rows, offsets):
     low, shift = np.uint64(_LOW), np.uint64(32)
     out = np.empty(len(rows), np.float32)

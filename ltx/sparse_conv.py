@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltx.compiled import compiled
+
 
 class SparseConvolution:
     """A 2d convolution that holds nothing but its kept entries."""
@@ -60,7 +62,7 @@ class SparseConvolution:
 CACHE = 1_300_000  # bytes of padded images that stay in a core's cache; several of them where they are small
 
 
-@numba.njit(cache=True, parallel=True, fastmath={"contract"})
+@compiled(parallel=True, fastmath={"contract"})
 def _convolve(x, begin, row, shift, value, bias, used, sy, sx, py, px, tall, wide, behind, group, out):
     """Images in groups; tall and wide are an image's in the group, behind the zeros after the last one."""
     images, channels, height, width = x.shape

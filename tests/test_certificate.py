@@ -203,9 +203,9 @@ def test_intervals_are_rounded_outwards():
 def test_boxes_without_images():
     graph = trace(small_cnn("relu"))
     ticket = construct(graph)
-    low, high = box()
+    least, most = box()
     for low, high in (
-        (high, low), (torch.zeros(6, 6), torch.ones(6, 6)), (low, torch.ones(1, 5, 5)), (low, high * torch.inf)
+        (most, least), (torch.zeros(6, 6), torch.ones(6, 6)), (least, torch.ones(1, 5, 5)), (least, most * torch.inf)
     ):  # fmt: skip
         with pytest.raises(LtxError, match=r"low and high must be finite images \(C, H, W\) with low <= high"):
             certify(ticket, graph, low, high)
@@ -237,6 +237,12 @@ def test_the_command(construction, ltx, tmp_path):
     assert (status, out) == (0, table)
     assert "damaged" in err
     assert json.loads(written.read_text())["certificate"] == found["certificate"]
+    status, out, _ = ltx("certify", str(path), "certify.starts=2", "certify.steps=2", output_dir=tmp_path)
+    assert status == 0
+    shown = [row["ascent"] for row in json.loads(written.read_text())["outputs"]]
+    assert shown[0] > 0
+    assert shown[1:] == [None] * 9  # no start was after these
+    assert out.count("| – ") == 9
     before = written.read_bytes()
     status, out, err = ltx("certify", str(path), "certify.starts=-1", output_dir=tmp_path)
     assert (status, out) == (1, "")

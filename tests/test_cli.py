@@ -1,8 +1,11 @@
 """The command line, in one process, on the embedded digits."""
 
+import errno
+import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ from conftest import ROOT, SMOKE, last_line, one_line, small_cnn
 
 from ltx import Ticket, cli
 from ltx.files import write_tensors
-from ltx.help import SETTINGS, SUMS
+from ltx.help import SETTINGS, SUMS, override
 
 
 def test_help_is_quick_and_lists_the_commands():
@@ -37,6 +40,8 @@ def test_command_help_lists_the_settings(command, ltx):
     assert ("activation=relu" in out) == of_targets
     assert ("epsilon=0.01" in out) == (command != "train-target")
     assert "output_dir=outputs" in out
+    assert ("pair.kernel=1" in out) == ("target.checkpoint=null" in out) == (of_targets and command != "train-target")
+    assert ("sampled" in out) == (of_targets and command not in ("train-target", "bounds"))
 
 
 def test_help_states_the_settings_as_they_are(ltx):
@@ -255,13 +260,41 @@ def test_a_gpu_where_there_is_none(ltx, tmp_path):
 
 def test_the_command_that_trains_a_missing_target_is_the_one_that_helps(ltx, tmp_path):
     """Also where it is sought in a folder of its own, of a seed of its own."""
-    where = tmp_path / "my outputs"
-    _, _, err = ltx("construct", "target=digits", "protocol=smoke", "target.seed=3", output_dir=where)
+    where = tmp_path / "outputs in ü, b(c), 'd'"
+    given = ("construct", "target=digits", "protocol=smoke", "target.seed=3", override("output_dir", where))
+    _, _, err = ltx(*given)
     advised = shlex.split(one_line(err).split("train it with: ltx ")[1])
     status, _, _ = ltx(*advised)
     assert status == 0
-    status, _, err = ltx("construct", "target=digits", "protocol=smoke", "target.seed=3", output_dir=where)
+    assert (where / "targets" / "digits-relu-smoke-seed3").is_dir()
+    status, _, err = ltx(*given)
     assert status == 0, err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [("--help",), ("construct", "--help"), ("bounds", "--cfg", "job")])
+def test_an_output_that_takes_nothing(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ltx.cli", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert one_line(done.stderr) == "ltx: cannot write to the standard output: No space left on device"
+
+
+def test_tables_are_written_although_nobody_reads_the_output(outputs, ltx, monkeypatch, tmp_path):
+    shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        status = cli.run(["tables", "target=digits", "protocol=smoke", f"output_dir={tmp_path / 'again'}"])
+        sys.stdout.close()  # what came in its place
+    assert status == 1
+    assert (tmp_path / "again" / "tables" / "table1-digits.md").is_file()
+    assert (tmp_path / "again" / "tables" / "results-digits.csv").is_file()
 
 
 def test_a_layer_that_loses_every_parameter_is_named(ltx, tmp_path):
@@ -330,6 +363,16 @@ def test_out_of_memory_names_the_setting_to_lower(ltx, monkeypatch, command, tas
     assert (status, out) == (1, "")
     assert "out of memory" in one_line(err)
     assert setting in err
+
+
+def test_tables_of_another_scaling_have_names_of_their_own(outputs, ltx):
+    given = ("target=digits", "protocol=smoke", "construction=L+1", "scaling=layer_max")
+    for command in ("construct", "eval", "tables"):
+        assert ltx(command, *given, output_dir=outputs)[0] == 0
+    page = (outputs / "tables" / "table1-digits-layer_max.md").read_text()
+    assert "head: keep, scaling: layer_max;" in page
+    assert ltx("tables", *given[:3], output_dir=outputs)[0] == 0
+    assert "scaling" not in (outputs / "tables" / "table1-digits.md").read_text()
 
 
 def test_tables_say_what_could_not_be_constructed(outputs, ltx):

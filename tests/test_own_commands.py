@@ -196,7 +196,7 @@ def test_results_on_other_data_are_others(own, ltx, tmp_path, monkeypatch):
     for name in ("digits", "elsewhere"):
         status, _, err = ltx("tables", "target=digits", f"data.name={name}", *given)
         assert status == 0, err
-        rows = pd.read_csv(tmp_path / "tables" / f"results-make-{name}-m20-eps0.01.csv")
+        rows = pd.read_csv(tmp_path / "tables" / f"results-make-{name}-construct-layer_max-m20-eps0.01.csv")
         assert rows.data.tolist() == [name]
     ticket = made[0].with_name("ticket.safetensors")  # as a file, which its folder's name says nothing of
     for command in ("eval", "certify"):
@@ -217,11 +217,14 @@ def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factor
         assert ltx("eval", *given, seed)[0] == 0
     status, _, err = ltx("tables", *given)
     assert status == 0, err
-    table = pd.read_csv(tmp_path / "tables" / f"table1-{factory}-mnist-m20-eps0.01.csv")
+    table = pd.read_csv(tmp_path / "tables" / f"table1-{factory}-mnist-construct-layer_max-m20-eps0.01.csv")
     assert table.activation.tolist() == [{"make": "ReLU", "two_functions": "relu,tanh"}[factory]]
     assert table.n.tolist() == [2]
     assert not [column for column in table if "paper" in column]
-    assert "mnist, 20 test images" in (tmp_path / "tables" / f"table1-{factory}-mnist-m20-eps0.01.md").read_text()
+    assert (
+        "mnist, 20 test images"
+        in (tmp_path / "tables" / f"table1-{factory}-mnist-construct-layer_max-m20-eps0.01.md").read_text()
+    )
     status, _, err = ltx("tables", *given, "target.module=nowhere:make")
     assert status == 1
     assert "nowhere" in err.strip().splitlines()[-1]

@@ -77,6 +77,8 @@ def test_other_inputs_are_another_ticket(outputs, ltx, construction):
         status, _, err = ltx("tables", *given[1:-3], given[-1] + "[-5,5]", "limit=20", output_dir=outputs)
         assert status == 0, err
         assert pd.read_csv(outputs / "tables" / "results-digits.csv").seed.tolist() == [8]
+        page = (outputs / "tables" / "table1-digits.md").read_text()
+        assert page.endswith(" Elements of inputs between -5 and 5.\n")
 
 
 def test_a_ticket_in_a_folder_that_cannot_be_written_is_not_begun(outputs, ltx, monkeypatch):

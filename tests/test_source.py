@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from numba.core.dispatcher import Dispatcher
 
+from ltx import compiled as compiling
 from ltx import source
 from ltx.source import SourceLayer
 
@@ -93,3 +95,25 @@ def test_looks_linear_rows_and_columns_are_opposites():
     weight = source.weights(replace(by_row, opposite="columns"), 4, rows, offsets).view(6, 4, 9)
     assert torch.equal(weight[:, 0::2], -weight[:, 1::2])
     assert weight.abs().max() <= 0.5
+
+
+def test_compiled_where_no_folder_takes_the_code(monkeypatch, caplog):
+    """numba refuses at the decoration; the function works nevertheless, and it is said once."""
+
+    def nowhere(*_):
+        raise RuntimeError("cannot cache function 'twice': no locator available for file 'x.py'")
+
+    monkeypatch.setattr(Dispatcher, "enable_caching", nowhere)
+    compiling._say_so.cache_clear()
+
+    @compiling.compiled()
+    def twice(x):
+        return 2 * x
+
+    @compiling.compiled(fastmath=True)
+    def thrice(x):
+        return 3 * x
+
+    assert (twice(21), thrice(2)) == (42, 6)
+    (said,) = caplog.messages
+    assert "NUMBA_CACHE_DIR" in said

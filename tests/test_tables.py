@@ -2,11 +2,13 @@
 
 import io
 import math
+from dataclasses import fields
 
 import pandas as pd
 import pytest
 
-from ltx.report import tables
+from ltx.feedback import IMAGES, Feedback
+from ltx.report import deviation, tables
 
 
 def results(data="mnist", n=10):
@@ -87,6 +89,50 @@ def test_the_papers_values_stay_with_mnist():
     table = tables.accuracy_table(results(data="digits", n=1))
     assert "paper" not in table.csv
     assert "±" not in table.markdown
+
+
+def test_activations_that_the_paper_has_not():
+    others = results().replace({"activation": {"relu": "elu"}})
+    for make in (tables.accuracy_table, tables.parameter_table):
+        frame = pd.read_csv(io.StringIO(make(others).csv)).set_index("activation")
+        assert frame.loc["ELU", "paper_target"].isna().all()
+        assert frame.loc["sigmoid", "paper_target"].notna().all()
+        assert frame.loc["ELU", "target"].tolist() == frame.loc["sigmoid", "target"].tolist()
+        assert "| ELU | L+1 | – | – |" in " ".join(make(others).markdown.split())
+    others = deep_results(n=3).replace({"activation": {"relu": "gelu"}})
+    for make in (tables.deep_accuracy_table, tables.deep_parameter_table):
+        frame = pd.read_csv(io.StringIO(make(others).csv)).set_index(["activation", "ticket"])
+        assert math.isnan(frame.loc[("GELU", "sampled"), "paper_target"])
+        assert not math.isnan(frame.loc[("sigmoid", "sampled"), "paper_target"])
+
+
+def test_tickets_that_there_are_none_of_are_named_as_rows_are():
+    plain = {
+        "activation": "relu",
+        "construction": "2L",
+        "seed": 3,
+        "base_set_size": 15,
+        "scaling": "unit",
+        "error": "no",
+    }
+    feedback = {f"feedback_{field.name}": field.default for field in fields(Feedback)} | {"feedback_images": IMAGES}
+    other = {**plain, **feedback, "selection": "feedback", "base_set_size": 10, "feedback_bound": 0.01}
+    assert tables.failure_note([{**plain, "selection": "smallest"}, other], 15) == (
+        " Not constructed, and not in the means: ReLU, 2L, seed 3 (no)."
+        " Not constructed, and not in the means: ReLU, 2L, feedback, m = 10, bound 0.01, seed 3 (no)."
+    )
+
+
+def test_the_figure_of_deviations_has_a_line_for_every_epsilon():
+    table = pd.DataFrame(
+        {"activation": "relu", "construction": "2L", "selection": "smallest", "base_set_size": 15, "epsilon": epsilon,
+         "seed": 0, "position": position, "deviation": epsilon * position, "target_std": 1.0}
+        for epsilon in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003) for position in (1, 2)
+    )  # fmt: skip
+    (axes,) = deviation.figure(table).axes
+    named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    assert len(named) == 6
+    assert len({line.get_marker() for line in named}) == 6
 
 
 def deep_results(n=50, examples=10_000):

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltx.compiled import compiled
+
 HELD = 1 << 25  # costs of subsets that the batched kernel holds at a time
 _STRIP = 512  # samples at a time: what is multiplied stays in the first cache
 
@@ -87,7 +89,7 @@ def choose(
     return _choose_batched(signals, visits, kinds, weights, worth, error, penalty, *how)
 
 
-@numba.njit(cache=True, fastmath=True)
+@compiled(fastmath=True)
 def _products(error, slots, out):
     """out (Q, m) = error (Q, N) @ slots (m, N).T, four by four rows at a time."""
     many, m, samples = len(error), len(slots), error.shape[1]
@@ -127,7 +129,7 @@ def _products(error, slots, out):
                                 out[row, s + d] += sums[d]
 
 
-@numba.njit(cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _subsets(single, double, value, theta, bound, largest, best, code, cost, worth, beyond, index):
     """The subset of least cost in each lane, over all sizes up to `largest`, in the order of a depth-first search.
 
@@ -174,7 +176,7 @@ def _subsets(single, double, value, theta, bound, largest, best, code, cost, wor
         start = s + 1
 
 
-@numba.njit(cache=True, parallel=True, fastmath={"contract"})
+@compiled(parallel=True, fastmath={"contract"})
 def _choose(
     slots, ideal, gram, cross, begin, group, theta, kinds, rows, first, weights, worth, error, penalty, bound, largest,
     sweeps, chosen, missed,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltx.compiled import compiled
 from ltx.constructions.choice import Signals, Visits
 
 LARGEST = 1 << 14  # slots of a layer whose Gram matrix is held as a whole: 1 GiB
@@ -100,7 +101,7 @@ def refine(
             _refine(*(t.contiguous().numpy() for t in arrays), passes)  # pyright: ignore[reportCallIssue]
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled(parallel=True)
 def _gather(whole, groups, m, out):
     for p in numba.prange(len(groups)):
         for s in range(m):
@@ -109,7 +110,7 @@ def _gather(whole, groups, m, out):
                 mine[q * m : (q + 1) * m] = row[groups[q] * m : (groups[q] + 1) * m]
 
 
-@numba.njit(cache=True, parallel=True, fastmath={"contract", "reassoc", "nsz"})
+@compiled(parallel=True, fastmath={"contract", "reassoc", "nsz"})
 def _refine(slots, gram, groups, weights, members, products, error, penalty, tolerance, passes):
     """Rows of one kind, whose entries are those of `groups` (P,): n = P m.
 
@@ -154,13 +155,13 @@ def _refine(slots, gram, groups, weights, members, products, error, penalty, tol
                 _add(error[q], slots[groups[j // m], j % m], w[j] if kept[j] else -w[j])
 
 
-@numba.njit(cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add(c, row, factor):
     for j in range(len(c)):
         c[j] += factor * row[j]
 
 
-@numba.njit(cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _put(gram, w, kept, c, alone):
     """Keep the entry that costs least."""
     best, least = 0, np.float32(np.inf)

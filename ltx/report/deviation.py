@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import matplotlib
@@ -18,7 +19,7 @@ LINES = {  # construction, selection -> colour and style; those of feedback with
     ("L+1", "feedback"): ("#e08214", "-"), ("2L", "smallest"): ("#2166ac", "-"), ("2L", "best"): ("#2166ac", ":"),
     ("2L", "feedback"): ("#1a9850", "-"),
 }  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")  # of m and epsilon, in turns
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -43,7 +44,7 @@ def figure(table: pd.DataFrame) -> Figure:
         for axes, name in zip(panels, names, strict=False):
             mine = table[table.activation == name]
             for (construction, selection), (colour, style) in LINES.items():
-                for (m, epsilon), marker in zip(settings, MARKERS, strict=False):
+                for (m, epsilon), marker in zip(settings, itertools.cycle(MARKERS), strict=False):
                     line: Any = mine[
                         (mine.construction == construction) & (mine.selection == selection)
                         & (mine.base_set_size == m) & (mine.epsilon == epsilon)

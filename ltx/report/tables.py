@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 
-from ltx.report.variants import LEAST_SEEDS, on_same_images, usual_size, with_variants
+from ltx.report.variants import LEAST_SEEDS, on_same_images, usual_size, variant, with_variants
 
 ACTIVATIONS = {  # those of the paper, in its order, and the others
     "relu": "ReLU", "leaky_relu": "Leaky ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "elu": "ELU", "celu": "CELU",
@@ -107,10 +108,11 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
         number: dict[str, str | float] = dict(row)
         text = dict(row)
         if on_paper:
+            number |= dict.fromkeys(("paper_target", "paper_ticket", "paper_ci95", f"paper_{relation}"), math.nan)
+            text |= dict.fromkeys(("paper: target", "paper: ticket"), "–")
+        if on_paper and len(theirs):  # of its four activations
             paper_target = float(theirs.loc["target", "mean"])
             number["paper_target"], text["paper: target"] = paper_target, f"{paper_target:g}"
-            number["paper_ticket"] = number["paper_ci95"] = number[f"paper_{relation}"] = math.nan
-            text["paper: ticket"] = "–"
             if construction == "L+1":  # the paper reports this one only
                 paper_mean, paper_half = (float(theirs.loc["ticket", c]) for c in ("mean", "ci95"))
                 number["paper_ticket"], number["paper_ci95"] = paper_mean, paper_half
@@ -130,7 +132,7 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
     on = f"{images[0]} test images" if len(set(images)) == 1 else "fixed random test images, where not all are"
     note = (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {usual_size(results)}, epsilon = "
-        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}; {first.data}, {on}. "
+        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}{_built(results)}; {first.data}, {on}. "
         f"Explicit tickets, each verified against its source and its target.{_left_out(results)}"
     )
     return Table(title, note, pd.DataFrame(numbers), pd.DataFrame(shown))
@@ -149,7 +151,7 @@ def deep_accuracy_table(results: pd.DataFrame) -> Table:
             name = column.replace("_", " ").replace("ticket ", "")
             number[f"paper_{column}"] = number[f"paper_{column}_ci95"] = math.nan
             text[f"paper: {name}"] = "–"
-            if kind == "sampled":
+            if kind == "sampled" and len(theirs):
                 paper, paper_half = (float(theirs.loc[column, c]) for c in ("mean", "ci95"))
                 number[f"paper_{column}"], number[f"paper_{column}_ci95"] = paper, paper_half
                 text[f"paper: {name}"] = _pm(paper, paper_half, "g")
@@ -185,7 +187,7 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
         text = dict(row)
         number |= dict.fromkeys(("paper_target", "paper_ticket", "paper_ticket_ci95", "paper_ratio"), math.nan)
         text |= dict.fromkeys(("paper: target", "paper: ticket", "paper: ratio"), "–")
-        if kind == "sampled":
+        if kind == "sampled" and len(theirs):
             paper_target, paper, paper_half = (
                 float(theirs.loc[c, v]) for c, v in (("target", "mean"), ("ticket", "mean"), ("ticket", "ci95"))
             )
@@ -230,6 +232,17 @@ def _left_out(results: pd.DataFrame) -> str:
     return f" Results on another number of images than most of their row, left out: {many}." if many else ""
 
 
+def _built(results: pd.DataFrame) -> str:
+    """What of the source is not as usual, for a note; scaling of those with feedback stands in their rows."""
+    plain = results[results.selection != "feedback"]
+    first, parts = (plain if len(plain) else results).iloc[0], []
+    if len(plain) and first.get("scaling", "unit") != "unit":
+        parts.append(f"scaling: {first.scaling}")
+    if first.get("pair_kernel", 1) != 1 or first.get("pair_stride", "second") != "second":
+        parts.append(f"pairs: kernel {first.pair_kernel}, stride in the {first.pair_stride} layer")
+    return "".join(f", {part}" for part in parts)
+
+
 def _subsets(results: pd.DataFrame) -> str:
     """How subsets were chosen, for a note."""
     plain = [name for name in results.selection.unique() if name != "feedback"]
@@ -251,8 +264,10 @@ def _deep_rows(results: pd.DataFrame, paper: pd.DataFrame):
 
 def _deep_note(results: pd.DataFrame) -> str:
     first = results.iloc[0]
-    explicit = results[results.kind == "explicit"]
-    how = f" (head: {explicit.iloc[0]['head']}, batch norm: {explicit.iloc[0].batch_norm})" if len(explicit) else ""
+    explicit = cast(pd.DataFrame, results[results.kind == "explicit"])
+    how = ""
+    if len(explicit):
+        how = f" (head: {explicit.iloc[0]['head']}, batch norm: {explicit.iloc[0].batch_norm}{_built(explicit)})"
     return (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds; m = {usual_size(results)}, epsilon = {first.epsilon:g}, "
         f"{_subsets(results)}. Sampled: no ticket is built, the target's parameters get the errors of random "
@@ -263,10 +278,14 @@ def _deep_note(results: pd.DataFrame) -> str:
     )
 
 
-def failure_note(failures: list[dict]) -> str:
-    """Which tickets could not be constructed, and why; nothing where all could."""
+def failure_note(failures: list[dict], base_set_size: int) -> str:
+    """Which tickets could not be constructed, and why; nothing where all could.
+
+    Args:
+        base_set_size: that which goes without saying, `usual_size` of the results.
+    """
     lines = [
-        f" Not constructed, and not in the means: {label_of(f['activation'])}, {f['construction']}, "
+        f" Not constructed, and not in the means: {label_of(f['activation'])}, {variant(f, base_set_size)}, "
         f"seed {f['seed']} ({f['error']})."
         for f in failures
     ]

@@ -15,11 +15,13 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from ltx.compiled import compiled
+
 LANES = 64  # problems side by side
 BLOCK = 1024  # problems whose solved ones leave together
 
 
-@numba.njit(cache=True)
+@compiled()
 def _one_size(x, theta, m, size, sums, index, least, error, prefix, row):
     """Enter the least error over all subsets of `size` where it beats `error`, and that subset without its last index.
 
@@ -73,7 +75,7 @@ def _one_size(x, theta, m, size, sums, index, least, error, prefix, row):
         valid = d
 
 
-@numba.njit(cache=True)
+@compiled()
 def _last_index(x, theta, prefix, error):
     """The first index behind those of `prefix` whose sum has exactly this error."""
     total, s = 0.0, 0
@@ -86,7 +88,7 @@ def _last_index(x, theta, prefix, error):
     return s
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled(parallel=True)
 def search(values, targets, epsilon, sizes, mask, size, error):
     """The least size that has a subset within epsilon and its best one, else the best of all sizes looked at.
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from ltx.compiled import compiled
+
 CHUNK = 8  # problems that share their scratch
 _UNIT = 2.0**-53
 
 
-@numba.njit(cache=True)
+@compiled()
 def _count(mask):
     count = 0
     while mask:
@@ -28,7 +30,7 @@ def _count(mask):
     return count
 
 
-@numba.njit(cache=True)
+@compiled()
 def _precedes(a, b):
     """Whether subset a comes before b: fewer elements, then the lexicographically first."""
     more = _count(a) - _count(b)
@@ -36,7 +38,7 @@ def _precedes(a, b):
     return more < 0 or (more == 0 and (a & lowest) != 0)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _better(x, theta, candidate, mask, error):
     """The better one of `candidate` and the subset `mask` of that error, compared exactly."""
     total = 0.0
@@ -49,7 +51,7 @@ def _better(x, theta, candidate, mask, error):
     return mask, error
 
 
-@numba.njit(cache=True)
+@compiled()
 def _useful(x, theta, error, useful, bits):
     """Copy the values that a subset better than `error` can have, in their order, and their bits; how many.
 
@@ -80,7 +82,7 @@ def _useful(x, theta, error, useful, bits):
     return n
 
 
-@numba.njit(cache=True)
+@compiled()
 def _sorted_sums(x, bits, sums, masks, other_sums, other_masks):
     """The subset sums of x in ascending order and their masks, in two of the four arrays given.
 
@@ -110,7 +112,7 @@ def _sorted_sums(x, bits, sums, masks, other_sums, other_masks):
     return sums[:n], masks[:n]
 
 
-@numba.njit(cache=True, fastmath={"nnan"})
+@compiled(fastmath={"nnan"})
 def _least_gap(sums):
     gap = np.inf
     for i in range(len(sums) - 1):
@@ -119,7 +121,7 @@ def _least_gap(sums):
     return gap
 
 
-@numba.njit(cache=True)
+@compiled()
 def _four_sweeps(x, theta, missing, given, slack, left, left_masks, right, right_masks, mask, error):
     """The best of the subset `mask` and of the pairs that four sweeps pass, a step of each in turn.
 
@@ -152,7 +154,7 @@ def _four_sweeps(x, theta, missing, given, slack, left, left_masks, right, right
     return _better(x, theta, nominee, mask, error)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _all_close(x, theta, missing, given, slack, left, left_masks, right, right_masks, mask, error):
     """The best of the subset `mask` and of all pairs that could be as good, neighbours of equal sums included."""
     low = high = len(right)
@@ -168,7 +170,7 @@ def _all_close(x, theta, missing, given, slack, left, left_masks, right, right_m
     return mask, error
 
 
-@numba.njit(cache=True)
+@compiled()
 def _distinct(sums, masks):
     """One subset for each of the sums of the first half: the one that precedes the others.
 
@@ -184,7 +186,7 @@ def _distinct(sums, masks):
     return sums[: n + 1], masks[: n + 1]
 
 
-@numba.njit(cache=True)
+@compiled()
 def _by_size(sums, masks, grouped, grouped_masks, start):
     """Copy the sums, size by size and ascending within: size a takes grouped[start[a] : start[a + 1]]."""
     start[:] = 0
@@ -199,7 +201,7 @@ def _by_size(sums, masks, grouped, grouped_masks, start):
         free[a] += 1
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled(parallel=True)
 def improve(values, targets, which, sizes, epsilon, mask, size, error):
     """Replace the solutions of the problems `which` by better ones, over subsets of all sizes.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltx.compiled import compiled
 from ltx.errors import LtxError
 from ltx.subset_sum import by_size, halves
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
@@ -110,7 +111,7 @@ def _on_cpu(values, targets, within: float) -> tuple[np.ndarray, np.ndarray, np.
         part = slice(begin, begin + CHUNK)
         x, theta = _float64(values[part]), _float64(targets[part])
         if (bad := _first_not_finite(x, theta)) < len(theta):
-            raise LtxError(f"subset sums: {_what_is_not_finite(x[bad], theta[bad], begin + bad)}")
+            raise LtxError(f"subset sums: {_what_is_not_finite(x[bad], float(theta[bad]), begin + bad)}")
         by_size.search(x, theta, within, sizes, mask[part], size[part], error[part])
         if sizes < m:
             hard = np.flatnonzero(error[part] > within)
@@ -176,7 +177,7 @@ def _to(device: torch.device, array: np.ndarray | Tensor) -> Tensor:
     return array.to(device, torch.float64).contiguous()
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled(parallel=True)
 def _first_not_finite(x, theta):
     """The first problem with an entry that is not finite or so large that a sum may overflow; n for none."""
     first = len(theta)

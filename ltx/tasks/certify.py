@@ -113,17 +113,17 @@ def _there(written: Path, about: dict) -> dict | None:
 def _ascent(
     settings: Settings, network: torch.nn.Module, model: torch.nn.Module, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """How far the output that a start was after went, (starts, O), 0 for the others; and the images that it went to."""
+    """How far the output that a start was after went, (starts, O), -inf for the others; and where it went to."""
     generator = torch.Generator().manual_seed(START_SEED)
     starts = torch.rand(settings.certify.starts, *low.shape, generator=generator).to(low) * (high - low) + low
     with tqdm(total=len(starts), desc="gradient ascent", disable=None) as bar:
         found = ascend(network, model, starts, low, high, steps=settings.certify.steps, on_batch=bar.update)
-    zero = torch.zeros(len(starts), outputs(model, starts[:1]).shape[1], device=low.device)
-    return zero.scatter_reduce_(1, found.outputs[:, None], found.deviations[:, None].float(), "amax"), found.images
+    apart = torch.full((len(starts), outputs(model, starts[:1]).shape[1]), -torch.inf, device=low.device)
+    return apart.scatter_(1, found.outputs[:, None], found.deviations[:, None].float().clamp_min(0)), found.images
 
 
 def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, model: torch.nn.Module) -> Tensor:
-    """The largest deviation of each output, (O,); in float64 where that of float32 is beyond what is proven.
+    """The largest deviation of each output, (O,), -inf for none; in float64 where float32's is beyond what is proven.
 
     Args:
         apart: of every image, (N, O). images: (N, ...).
@@ -164,7 +164,7 @@ def _rows(proven: Certificate, seen: Certificate, found: dict[str, Tensor]) -> l
     return [
         {
             "output": n, "certificate": float(proven.bound[n]), "over_the_data": float(seen.bound[n]),
-            **{name: float(values[n]) for name, values in found.items()},
+            **{name: float(values[n]) if values[n] >= 0 else None for name, values in found.items()},
         }
         for n in range(len(proven.bound))
     ]  # fmt: skip
@@ -179,7 +179,7 @@ _TITLES = {
 def _print(result: dict) -> None:
     columns = [name for name in _TITLES if name in result["outputs"][0]]
     table = pd.DataFrame(result["outputs"]).loc[:, columns].rename(columns=_TITLES)
-    shown = table.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v)
+    shown = table.astype(object).map(lambda v: "–" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else v)
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
     theorem = "nothing, no parameter is within epsilon" if result["theorem"] is None else f"{result['theorem']:.4g}"
     print(

@@ -20,6 +20,7 @@ from ltx.config import ActivationName, FeedbackSettings, Settings
 from ltx.errors import LtxError
 from ltx.files import write_text
 from ltx.report import deviation, figures, tables, tradeoff
+from ltx.report.variants import usual_size
 from ltx.tasks import targets_at
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def run(settings: Settings) -> Path:
     usual = settings.data.name == "mnist" or settings.target.name == "resnet22"
     usual = usual and not (own or settings.target.checkpoint)
     suffix = "" if usual else f"-{_name(settings)}"
+    suffix += _kind(settings)
     figure = folder / f"deviation{suffix}"  # of every m and epsilon
     if (settings.m, settings.epsilon) != (15, 0.01):
         suffix += f"-m{settings.m}-eps{settings.epsilon!r}"  # beside those with the paper's
@@ -55,9 +57,11 @@ def run(settings: Settings) -> Path:
     )  # fmt: skip
     if settings.selection.value != "smallest":
         suffix += f"-{settings.selection.value}"
+    note = tables.failure_note(failed, usual_size(results))
+    if settings.target.input_range:
+        note += " Elements of inputs between {:g} and {:g}.".format(*settings.target.input_range)
     for number, table in made.items():
-        table = replace(table, note=table.note + tables.failure_note(failed))
-        print(f"\n{table.title}\n\n{table.markdown}\n")
+        table = replace(table, note=table.note + note)
         for extension, text in (("csv", table.csv), ("md", table.markdown_page), ("tex", table.latex)):
             write_text(folder / f"table{number}{suffix}.{extension}", text)
     network = "-resnet22" if deep else ""
@@ -67,12 +71,21 @@ def run(settings: Settings) -> Path:
         _deviation_figure(settings, digests, figure)
         if (results.selection == "feedback").any():
             figures.save(tradeoff.figure(results), folder / f"tradeoff{suffix}")
+    for table in made.values():
+        print(f"\n{table.title}\n\n{table.markdown}\n")
     return folder
 
 
 def _name(settings: Settings) -> str:
     t = settings.target
     return paths.own_name(settings) or (Path(t.checkpoint).stem if t.checkpoint else t.name)
+
+
+def _kind(settings: Settings) -> str:
+    """What of the target is approximated and by what source, where that is not as usual: tables of their own."""
+    kind = "" if settings.head.value == settings.target.head.value else f"-{settings.head.value}"
+    kind += "" if settings.scaling.value == "unit" else f"-{settings.scaling.value}"
+    return kind + paths.kind_of(settings)
 
 
 def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Path) -> None:

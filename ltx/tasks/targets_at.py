@@ -16,6 +16,7 @@ from ltx.config import Settings, TargetSettings
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import outputs
 from ltx.graph import Graph, trace
+from ltx.help import override
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -155,8 +156,14 @@ def _command(settings: Settings) -> str:
     if settings.target.seed != TargetSettings.seed:
         said["target.seed"] = str(settings.target.seed)
     if settings.output_dir != Settings.output_dir:
-        said["output_dir"] = shlex.quote(settings.output_dir)
-    return " ".join(["ltx train-target", *(f"{key}={value}" for key, value in said.items())])
+        said["output_dir"] = settings.output_dir
+    return " ".join(["ltx train-target", *(_for_a_shell(override(*pair)) for pair in said.items())])
+
+
+def _for_a_shell(argument: str) -> str:
+    """An argument that may hold single quotes."""
+    plain = not set('"$`\\!').intersection(argument)
+    return f'"{argument}"' if "'" in argument and plain else shlex.quote(argument)
 
 
 def load_for(ticket: Ticket, settings: Settings) -> Target | None:

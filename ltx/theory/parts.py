@@ -73,9 +73,7 @@ class Part:
         """By how much the sum of a row's entries may enlarge the deviation of what it reads."""
         if self.several:
             return self.largest_row * m * self.scale
-        off = (
-            epsilon if self.linear else 2 * epsilon
-        )  # what is linear near 0 only is off in proportion to what it reads
+        off = epsilon if self.linear else 2 * epsilon  # linear near 0 only: off in proportion to what is read
         return float(self.weight.flatten(1).abs().sum(1).max()) + self.largest_row * off
 
 
