@@ -26,10 +26,10 @@ PairStride = Enum("PairStride", {"second": "second", "first": "first"})
 BoundsForm = Enum("BoundsForm", {"norms": "norms", "theorem": "theorem"})
 Format = Enum("Format", {"masks": "masks", "prune": "prune", "onnx": "onnx"})
 Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
-_ACTIVATIONS = (
+ACTIVATION_NAMES = (
     "relu", "leaky_relu", "tanh", "sigmoid", "identity", "elu", "celu", "selu", "gelu", "silu", "softplus", "hardtanh",
 )  # fmt: skip
-ActivationName = Enum("ActivationName", {name: name for name in _ACTIVATIONS})
+ActivationName = Enum("ActivationName", {name: name for name in ACTIVATION_NAMES})
 
 
 @dataclass

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from ltx.errors import LtxError
+
+ABANDONED = 3600.0  # seconds after which nobody writes to a temporary file any more
 
 
 @contextlib.contextmanager
@@ -26,6 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
     part: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):  # by another one that has just ended
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         os.close(handle)
         part = Path(name)

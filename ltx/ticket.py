@@ -177,6 +177,8 @@ class Ticket:
                 `ltx.verification.verify` to judge.
         """
         path = Path(path)
+        if path.is_dir():
+            raise CheckpointError(f"ticket {path}: is a folder; name the file in it, ticket.safetensors")
         if not path.is_file():
             raise CheckpointError(f"ticket {path}: no such file; make one with: ltx construct")
         from safetensors import SafetensorError

@@ -86,7 +86,7 @@ def train(
     On a GPU a step (one batch: its images, forwards, backwards) is captured once and replayed as a CUDA graph.
 
     Raises:
-        CheckpointError: `checkpoint` belongs to other settings.
+        CheckpointError: `checkpoint` belongs to other settings, or is damaged.
         LtxError: torch.compile does not work here, the loss is no number, or `checkpoint` cannot be written.
     """
     device = str(data.images.device)
@@ -98,7 +98,7 @@ def train(
         },
         sort_keys=True,
     )  # fmt: skip
-    start = _resume(model, checkpoint, settings) if checkpoint else _Start()
+    start = _resume(model, checkpoint, settings, protocol) if checkpoint else _Start()
 
     def keep(round_: int, epoch: int, optimizer: Mapping[str, Tensor]) -> None:
         if checkpoint:
@@ -246,6 +246,9 @@ def _train_round(
         on_progress(Progress(round_, epoch, mean, accuracy(model, test) if last else None))
 
 
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW
+
+
 def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """AdamW's moments and step counts under the parameters' names."""
     return {
@@ -304,7 +307,7 @@ def _shifted(padded: Tensor, shifts: Tensor, height: int, width: int) -> Tensor:
     return padded.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _resume(model: nn.Module, checkpoint: Path, settings: str) -> _Start:
+def _resume(model: nn.Module, checkpoint: Path, settings: str, protocol: Protocol) -> _Start:
     """Load the checkpoint if there is one; where to go on."""
     if not checkpoint.is_file():
         return _Start()
@@ -313,12 +316,33 @@ def _resume(model: nn.Module, checkpoint: Path, settings: str) -> _Start:
     try:
         state, metadata = read_tensors(checkpoint)
     except SafetensorError as error:
-        raise CheckpointError(f"{checkpoint}: damaged ({error}); remove it to start again") from error
+        raise _damaged(checkpoint, str(error)) from error
     if metadata.get("settings") != settings:
         raise CheckpointError(
             f"{checkpoint}: was written by a run with other settings; start again with force=true (or remove it), "
             "or choose another output_dir"
         )
-    model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
     moments = {name: tensor for name, tensor in state.items() if name.startswith("optimizer.")}
-    return _Start(int(metadata["round"]), int(metadata["epoch"]), moments)
+    try:
+        round_, epoch = int(metadata["round"]), int(metadata["epoch"])
+        if not (1 <= round_ <= protocol.rounds + 1 and 1 <= epoch <= protocol.epochs):
+            raise ValueError(f"round {round_}, epoch {epoch}")
+        for name, tensor in moments.items():
+            _, key, parameter = name.split(".", 2)
+            if tensor.shape != (() if key == "step" else model.get_parameter(parameter).shape):
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}")
+        if (
+            (epoch > 1) != bool(moments)
+            or len(moments) % len(_MOMENTS)
+            or {n.split(".")[1] for n in moments} - _MOMENTS
+        ):
+            raise ValueError("the optimizer's state is not whole")
+        model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
+    except (KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(checkpoint, str(error)) from error
+    return _Start(round_, epoch, moments)
+
+
+def _damaged(checkpoint: Path, why: str) -> CheckpointError:
+    first = (why.splitlines() or ["empty"])[0]
+    return CheckpointError(f"{checkpoint}: damaged ({first}); remove it to start again")

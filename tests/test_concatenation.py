@@ -1,5 +1,7 @@
 """Networks that concatenate channels: taken apart into sums, they are constructed and verified like any other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import deviation, images
@@ -141,3 +143,22 @@ def test_what_is_refused(run_it, message):
                        n=nn.BatchNorm1d(256))  # fmt: skip
     with pytest.raises(ConstructionError, match=message):
         trace(model)
+
+
+def test_a_channel_with_several_columns_in_a_kept_head_is_found():
+    """Each of the two is the target's column, so that nothing else is wrong with the parameters."""
+
+    def forward(s, x):
+        x = torch.relu(s.a(x))
+        return s.head(torch.cat([x, s.b(x)], 1).flatten(1))
+
+    model = random_net(forward, a=nn.Conv2d(1, 2, 3), b=nn.Conv2d(2, 2, 3, padding=1), head=nn.Linear(64, 3))
+    ticket = construct(model, base_set_size=14, epsilon=0.02)
+    assert verify(ticket, trace(model)).ok
+    weight = ticket.given["head[0].weight"].view(3, -1, 16).clone()  # of 4 x 4 pixels
+    labels, read = ticket.slots["a"], weight.ne(0).any(2).any(0)
+    slot = int(read.nonzero()[0])
+    twin = int(((labels == labels[slot]) & ~read).nonzero()[0])
+    weight[:, twin] = weight[:, slot]
+    other = replace(ticket, given={**ticket.given, "head[0].weight": weight.view(3, -1)})
+    assert verify(other, trace(model)).violations == ("head head[0]: channel -1 has no slot, or a channel has several",)

@@ -182,6 +182,8 @@ class Two(nn.Module):
         (nn.Sequential(nn.Flatten(2)), "start_dim=1"),
         (random_net(lambda s, x: s.a(x).mean(), a=nn.Conv2d(1, 1, 3)), "module 'mean' .mean.: only over height and"),
         (random_net(lambda s, x: s.a(x.mean(1)), a=nn.Conv2d(1, 1, 3)), "only over height and width"),
+        (nn.Sequential(nn.LazyConv2d(2, 3)), "module '0' .LazyConv2d.: has no parameters yet; run it"),
+        (random_net(lambda s, x: torch.add(s.a(x), x, out=x), a=nn.Conv2d(1, 1, 1)), "'add' .out=.: writes over"),
         (nn.Sequential(nn.MaxPool2d(2, dilation=2)), "return_indices and dilation are not supported"),
     ],
 )

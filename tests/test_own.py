@@ -73,7 +73,7 @@ def test_ways_to_write_the_same_network():
 
         def forward(self, x):
             x = nn.functional.max_pool2d(torch.relu(self.conv(x)), 2)
-            x = nn.functional.dropout(x, training=self.training)
+            x = nn.functional.dropout(x, training=self.training, inplace=True)
             return self.head(x.view(x.size(0), -1))
 
     class Reshaped(Written):

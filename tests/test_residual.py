@@ -1,5 +1,6 @@
 """Residual networks: slots that skips join, dead slots, batch norm kept and folded, projections, sampled errors."""
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -164,10 +165,12 @@ def test_constants_come_from_given_shifts(activation):
     assert len(constant) > 0
     assert not torch.isin(constant, rows).any()
     assert verify(ticket, trace(model)).ok
-    shift = ticket.given["blocks.5.bn2.bias"].clone()
-    shift[constant] += 0.01
-    found = verify(replace(ticket, given={**ticket.given, "blocks.5.bn2.bias": shift}), trace(model)).violations
-    assert any(f"slot {int(constant[0])} has that of no channel" in violation for violation in found), found
+    for part in ("weight", "bias"):
+        changed = ticket.given[f"blocks.5.bn2.{part}"].clone()
+        changed[constant] += 0.01
+        other = replace(ticket, given={**ticket.given, f"blocks.5.bn2.{part}": changed})
+        found = verify(other, trace(model)).violations
+        assert any(f"slot {int(constant[0])} has that of no channel" in violation for violation in found), found
 
 
 def test_what_is_wrong_with_a_residual_ticket_is_found():
@@ -298,6 +301,25 @@ def test_sampled_errors_have_the_moments_of_the_statistics():
     for seed in (-1, 2**64, 0.5):
         with pytest.raises(ConstructionError, match="seed"):
             sampled(model, seed=seed)
+
+
+def test_the_first_layer_gets_errors_of_products(monkeypatch):
+    """A pair in front, with a base set for either sign of a copy; what is behind it counts m slots, the last one."""
+    model, m = small_resnet(), 7
+    of_a_problem = {"product": (0.004, 5), "uniform": (0.002, 2)}  # error, size
+    monkeypatch.setattr(
+        sys.modules["ltx.constructions.sampled"], "_distribution",
+        lambda law, *_: tuple(np.full(3, number) for number in of_a_problem[law]),
+    )  # fmt: skip
+    found, layers = sampled(model, base_set_size=m, epsilon=0.01), trace(model).layers
+    counts = {name: layer.parameters_above(0.01) for name, layer in layers.items() if "shortcut" not in name}
+    for name in counts:
+        big = above(layers[name].weight, 0.01)
+        off = (found.state[f"{name}.weight"] - layers[name].weight)[big].abs()
+        assert off == pytest.approx(0.004 if name == "conv" else 0.002, abs=1e-6), name
+    between = sum(count for name, count in counts.items() if name not in ("conv", "fc"))
+    copies = m * 2 * 1  # of the one channel of an image
+    assert found.parameters == copies + m * 2 * 5 * counts["conv"] + m * 2 * between + 2 * counts["fc"]
 
 
 def test_the_account_of_deviations():

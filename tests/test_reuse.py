@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 from conftest import ROOT, SMOKE, last_line, one_line
 
 from ltx import Ticket
-from ltx.files import read_tensors, write_tensors
+from ltx.files import read_tensors, write_tensors, write_text
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
@@ -233,7 +234,46 @@ def test_tables_leave_out_results_of_another_ticket(outputs, ltx, tmp_path):
     status, _, err = ltx("tables", *given)
     assert (status, "the ticket beside it is another one; run ltx eval again" in err) == (0, True)
     assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [1]
+    os.utime(tickets[0], (0, 0))  # as a copy with its times has: another one all the same
+    assert "the ticket beside it is another one" in ltx("tables", *given)[2]
     for ticket in tickets:  # results may be kept without them
         ticket.unlink()
     assert ltx("tables", *given)[0] == 0
     assert sorted(pd.read_csv(tmp_path / "tables" / "results-target.csv").seed) == [0, 1]
+
+
+def test_tables_leave_out_files_that_are_no_results(outputs, ltx, tmp_path):
+    given = [*SMOKE, f"target.checkpoint={outputs / 'targets/digits-relu-smoke-seed0/target.safetensors'}"]
+    for seed in (0, 1):
+        result = last_line(ltx("construct", *given, f"seed={seed}")[1]).with_name("result.json")
+        assert ltx("eval", *given, f"seed={seed}")[0] == 0
+    whole = json.loads(result.read_text())
+    failure = tmp_path / "tickets" / "any" / "any" / "failure.json"
+    failure.parent.mkdir(parents=True)
+    failure.write_text("[1]")
+    for other in (3, [whole], {**whole, "ticket_accuracy": "98"}, {n: v for n, v in whole.items() if n != "agreement"}):
+        result.write_text(json.dumps(other))
+        status, _, err = ltx("tables", *given)
+        assert (status, err.count(f"{result}: left out, cannot be read")) == (0, 1)
+        assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [0]
+
+
+def test_tables_say_that_a_target_is_damaged(outputs, ltx, tmp_path):
+    shutil.copytree(outputs, tmp_path, dirs_exist_ok=True)
+    assert ltx("tables", *SMOKE)[0] == 0
+    damaged = tmp_path / "targets" / "digits-tanh-smoke-seed0" / "target.safetensors"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_bytes(b"hello")
+    status, _, err = ltx("tables", *SMOKE)
+    assert (status, f"{damaged}: " in err, "its results are left out" in err) == (0, True, True)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    path = tmp_path / "a[1].json"
+    old, new, other = (tmp_path / f".{name}.part" for name in ("a[1].json.x1", "a[1].json.x2", "a1.json.x3"))
+    for left in (old, new, other):
+        left.touch()
+    for left in (old, other):
+        os.utime(left, (0, 0))
+    write_text(path, "{}")
+    assert sorted(tmp_path.iterdir()) == sorted([new, other, path])

@@ -167,6 +167,8 @@ def test_table_3_tells_sampled_from_explicit_and_takes_the_best_half():
         73.2,
     )
     assert row["mean"] == pytest.approx(60 + 24.5)
+    assert row.target == pytest.approx(72.64)
+    assert row.difference == pytest.approx(60 + 24.5 - 72.64)
     assert row.best_half == pytest.approx(60 + 37)  # 25 to 49
     assert row.best_half_ci95 == pytest.approx(1.96 * pd.Series(range(25, 50)).std() / 5)
     assert (row.n, row.images) == (50, 10_000)

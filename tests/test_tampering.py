@@ -156,6 +156,26 @@ def test_a_constant_that_is_not_1_is_found():
     assert any(f"row {int(rows[0])}: a constant sums to" in violation for violation in found) or len(mine) == 1, found
 
 
+def test_a_bias_is_the_sum_of_what_reads_constants(relu):
+    """An entry that is missing leaves it off; one at another tap reads the padding, which is 0 and no constant."""
+    ticket, graph = construct(relu, construction="2L", base_set_size=14, epsilon=0.02), trace(relu)
+    mask, taps = ticket.masks["2"], ticket.layer("2").taps
+    rows, offsets, _ = ticket.kept("2")
+    constant = ticket.slots["2.copies"][offsets // taps] == CONSTANT
+    row, entry = int(rows[constant][0]), int(mask[constant][0])
+    assert entry % taps == taps // 2
+
+    def violations(changed):
+        return verify(replace(ticket, masks={**ticket.masks, "2": changed}), graph).violations
+
+    (found,) = violations(mask[mask != entry])
+    bias = float(graph.layers["2"].bias[ticket.slots["2"][row]])
+    assert found.startswith(f"layer 2, row {row}, bias: ")
+    assert found.endswith(f" from the target's {bias:.6g}, more than 0.02")
+    moved = torch.where(mask == entry, entry - taps // 2, mask).sort().values
+    assert f"layer 2: row {row} reads a constant through a tap that sees the zero padding" in violations(moved)
+
+
 @pytest.mark.parametrize(
     "change",
     [

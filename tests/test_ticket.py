@@ -173,6 +173,8 @@ def test_files_that_are_no_tickets(tmp_path, ticket):
     path = tmp_path / "a.safetensors"
     with pytest.raises(CheckpointError, match="no such file"):
         Ticket.load(path)
+    with pytest.raises(CheckpointError, match="is a folder; name the file in it"):
+        Ticket.load(tmp_path)
     ticket.save(path)
     whole = path.read_bytes()
     for cut in (0, 5, 100, len(whole) - 7):

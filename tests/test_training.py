@@ -1,11 +1,14 @@
 """Training: an interrupted run ends where an unbroken one ends."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from ltx import data, training
 from ltx.errors import CheckpointError, LtxError
+from ltx.files import read_tensors, write_tensors
 from ltx.onednn import TanhByOneDnn
 from ltx.targets import build, prunable
 
@@ -178,6 +181,38 @@ def test_checkpoint_of_other_settings_is_refused(splits, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="damaged"):
         training.train(fresh(), *splits, PROTOCOL, 0.2, seed=3, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: m.pop("round"), "'round'"),
+        (lambda t, m: m.update(epoch="x"), "'x'"),
+        (lambda t, m: m.update(round="9"), "round 9, epoch 2"),
+        (lambda t, m: m.update(epoch="3"), "round 1, epoch 3"),
+        (lambda t, m: m.update(epoch="1"), "the optimizer's state is not whole"),
+        (lambda t, m: t.pop(next(n for n in t if n.startswith("optimizer.step."))), "state is not whole"),
+        (lambda t, m: t.update({n: x[:1] for n, x in t.items() if ".exp_avg." in n}), "has the shape"),
+        (lambda t, m: t.update({"optimizer.exp_avg.other": torch.zeros(1)}), "other"),
+        (lambda t, m: t.pop(next(n for n in t if n.startswith("model."))), "Error.s. in loading state_dict"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_damaged(splits, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    protocol, checkpoint = replace(PROTOCOL, epochs=2), tmp_path / "round.safetensors"
+
+    def stop(progress):
+        raise Stop
+
+    with pytest.raises(Stop):
+        training.train(fresh(), *splits, protocol, 0.2, seed=3, checkpoint=checkpoint, on_progress=stop)
+    tensors, metadata = read_tensors(checkpoint)
+    assert (metadata["round"], metadata["epoch"]) == ("1", "2")
+    change(tensors, metadata)
+    write_tensors(checkpoint, tensors, metadata)
+    with pytest.raises(CheckpointError, match=rf"damaged \(.*{message}.*\); remove it to start again") as caught:
+        training.train(fresh(), *splits, protocol, 0.2, seed=3, checkpoint=checkpoint)
+    assert "\n" not in str(caught.value)
 
 
 def test_order_of_images_depends_on_seed_round_and_epoch(splits):

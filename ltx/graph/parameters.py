@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
 from ltx.errors import ConstructionError
@@ -70,6 +71,8 @@ _KNOWN = {
 
 def require_its_own_computation(name: str, module: nn.Module) -> None:
     """Refuse what may compute something else than its class: hooks, an override in a subclass or in an instance."""
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        raise refuse(name, type(module).__name__, "has no parameters yet; run it on some images first")
     require_no_hooks(name, module)
     known = next((forwards for base, forwards in _KNOWN.items() if isinstance(module, base)), None)
     if known is not None and type(module).forward not in known:

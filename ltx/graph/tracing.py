@@ -79,6 +79,8 @@ def _trace(model: nn.Module) -> Graph:
         for name in inputs:
             if memory[name] in overwritten:
                 raise refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
+        if fx_node.op != "output" and fx_node.kwargs.get("out") is not None:
+            raise refuse(fx_node.name, "out=", "writes over another tensor; let it return its own")
         node = _convert(model, fx_node, inputs)
         if _in_place(model, fx_node):
             overwritten[memory[inputs[0]]] = fx_node.name
@@ -150,7 +152,7 @@ def _in_place(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         return bool(getattr(module, "inplace", False)) and not isinstance(module, nn.Dropout | nn.Dropout2d)
-    return node.target in (operator.iadd, "add_") or bool(node.kwargs.get("inplace", False))
+    return node.target in (operator.iadd, "add_") or bool(node.kwargs.get("inplace") and node.target not in _DROPOUTS)
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -137,7 +137,7 @@ class Statistics:
     mean_size_interval: tuple[float, float] | None  # None where fewer than two are solved
     size_counts: list[int]  # solved problems by the size of their subset, 0..m
     failed_size_counts: list[int]  # the failures by the size of their closest subset, 0..m
-    # C = m / log(1 / min(epsilon, delta)) of Corollary 2.2, as the paper estimates it; None where nothing failed, or
+    # C = m / log(1 / min(epsilon, delta)) of Corollary 2.2, here of one m; None where nothing failed, or
     # everything with epsilon >= 1. Where delta > epsilon, it only says that the corollary needs a larger one
     constant: float | None
     constant_interval: tuple[float, float] | None  # None where it has no upper end

@@ -15,15 +15,17 @@ from pathlib import Path
 import pandas as pd
 
 from ltx import paths
-from ltx.activations import ACTIVATIONS
-from ltx.config import ActivationName, FeedbackSettings, Settings
-from ltx.errors import LtxError
+from ltx.config import ACTIVATION_NAMES, ActivationName, FeedbackSettings, Settings
+from ltx.errors import CheckpointError, LtxError
 from ltx.files import write_text
 from ltx.report import deviation, figures, tables, tradeoff
 from ltx.report.variants import usual_size
 from ltx.tasks import targets_at
 
 log = logging.getLogger(__name__)
+_MEASURED = (  # the numbers of a result
+    "examples", "target_accuracy", "ticket_accuracy", "agreement", "target_parameters", "ticket_parameters",
+)  # fmt: skip
 
 
 def run(settings: Settings) -> Path:
@@ -31,9 +33,8 @@ def run(settings: Settings) -> Path:
     own = settings.target.module
     deep = settings.target.network == "resnet22" and not own
     digests = _targets(settings)
-    results = pd.DataFrame(
-        [r for r in _entries(_result_files(settings), settings, digests) if deep or r["kind"] == "explicit"]
-    )
+    measured = _entries(_result_files(settings), settings, digests, _MEASURED)
+    results = pd.DataFrame([r for r in measured if deep or r.get("kind") == "explicit"])
     failed = _entries(_tickets(settings).glob("*/*/failure.json"), settings, digests)
     if results.empty:
         raise LtxError(
@@ -104,13 +105,15 @@ def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Pat
 
 
 def _entries(
-    files: Iterable[Path], settings: Settings, digests: Mapping[str, dict], *, any_sums: bool = False
+    files: Iterable[Path], settings: Settings, digests: Mapping[str, dict], numbers: Iterable[str] = (), *,
+    any_sums: bool = False,
 ) -> list[dict]:  # fmt: skip
     """What the files hold of tickets, explicit and sampled, with these settings and of these targets.
 
     Args:
         digests: SHA-256 of the targets that the settings mean -> their data and range of inputs, so that those of
             another training protocol, of a network of one's own on other data, and for other inputs stay out.
+        numbers: what each must have.
         any_sums: whatever m, epsilon and selection. Those of feedback stand beside `smallest` ones, whatever their m.
     """
     epsilon = {} if any_sums else {"epsilon": settings.epsilon}
@@ -122,7 +125,7 @@ def _entries(
     usual = {"pair_kernel": 1, "pair_stride": "second"}  # of results that do not say
     found = []
     for path in sorted(files):
-        entry = _read(path)
+        entry = _read(path, ("seed", "base_set_size", "epsilon", *numbers))
         meant = None if entry is None else digests.get(entry.get("target_sha256", ""))
         if entry is None or meant is None:
             continue
@@ -135,7 +138,11 @@ def _entries(
             continue
         else:
             needs.pop("scaling")  # rows name it
-        if all(entry.get(key, usual.get(key)) == value for key, value in needs.items()):
+        if any(entry.get(key, usual.get(key)) != value for key, value in needs.items()):
+            continue
+        if _stale(path, entry):
+            log.info("%s: left out, the ticket beside it is another one; run ltx eval again", path)
+        else:
             found.append(entry)
     return found
 
@@ -162,11 +169,15 @@ def _targets(settings: Settings) -> dict[str, dict]:
     """SHA-256 of the targets that the settings mean, of every activation -> their data and range of inputs."""
     digests = {}
     one = settings.target.checkpoint or settings.target.module
-    names = [settings.activation.value] if one else list(ACTIVATIONS)
+    names = [settings.activation.value] if one else list(ACTIVATION_NAMES)
     for name in names:
         try:
             target = targets_at.load(replace(settings, activation=ActivationName(name)))  # type: ignore[operator]
             digests[target.digest] = {"data": target.data, "input_range": list(target.input_range)}
+        except CheckpointError as error:
+            if one:
+                raise
+            log.warning("%s; its results are left out", error)
         except LtxError as error:
             if one:
                 raise
@@ -179,26 +190,29 @@ def _result_files(settings: Settings) -> Iterator[Path]:
     for folder in _tickets(settings).glob("*/*"):
         for name in ("result.json", f"result-limit{settings.limit}.json"):
             if (folder / name).is_file():
-                if _stale(folder / name):
-                    log.info("%s: left out, the ticket beside it is another one; run ltx eval again", folder / name)
-                else:
-                    yield folder / name
+                yield folder / name
                 break
 
 
-def _stale(result: Path) -> bool:
-    """Whether the ticket beside a result was written after it, and is not the one that it is of."""
-    tickets = (result.with_name(f"{kind}.safetensors") for kind in ("ticket", "sampled"))
-    ticket = next((path for path in tickets if path.is_file()), None)
-    if ticket is None or ticket.stat().st_mtime_ns <= result.stat().st_mtime_ns:
+def _stale(path: Path, result: Mapping) -> bool:
+    """Whether the ticket beside a result is not the one that it is of."""
+    tickets = (path.with_name(f"{kind}.safetensors") for kind in ("ticket", "sampled"))
+    ticket = next((file for file in tickets if file.is_file()), None)
+    if ticket is None or "ticket_sha256" not in result:
         return False  # results may be kept without their tickets, which are large
-    entry = _read(result)
-    return entry is not None and entry.get("ticket_sha256") != hashlib.sha256(ticket.read_bytes()).hexdigest()
+    return result["ticket_sha256"] != hashlib.sha256(ticket.read_bytes()).hexdigest()
 
 
-def _read(path: Path) -> dict | None:
+def _read(path: Path, numbers: Iterable[str] = ()) -> dict | None:
+    """What a file holds, where that is an object with these numbers in it; else None, and it is said."""
     try:
-        return json.loads(path.read_text())
+        entry = json.loads(path.read_text())
+        if not isinstance(entry, dict):
+            raise ValueError(f"a {type(entry).__name__}, no object")
+        for key in numbers:
+            if not isinstance(entry.get(key), int | float):
+                raise ValueError(f"{key} is {entry.get(key)!r}")
     except (OSError, ValueError) as error:
         log.info("%s: left out, cannot be read (%s)", path, error)
         return None
+    return entry
