@@ -24,7 +24,7 @@ def dense():
         x = s.a(x)
         y = s.b(relu(s.m(torch.cat([x], 1))))
         z = s.k(s.c(relu(s.n(torch.cat([x, y], 1)))))
-        pooled = nn.functional.adaptive_avg_pool2d(relu(torch.concat((x, y, z), dim=1)), 1)
+        pooled = nn.functional.adaptive_avg_pool2d(relu(torch.concat((x, y, z), dim=-3)), 1)
         return s.head(torch.flatten(pooled, 1))
 
     return random_net(

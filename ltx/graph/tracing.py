@@ -278,7 +278,7 @@ def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) 
         return Node(node.name, "add", inputs)
     if node.target in (torch.cat, torch.concat, torch.concatenate):
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-        if dim != 1:
+        if dim not in (1, -3):
             raise refuse(node.name, "cat", f"along dimension {dim}; only channels, dimension 1, can be concatenated")
         return Node(node.name, CONCATENATION, inputs) if len(inputs) > 1 else None
     if node.target is nn.functional.adaptive_avg_pool2d:
