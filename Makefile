@@ -11,7 +11,7 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytes
 DEMO := target=digits protocol=quick output_dir=outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint paper-tables mnist-tables resnet-tables clean
+.PHONY: help setup demo test test-slow test-gpu test-lowest lint paper-tables mnist-tables resnet-tables clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -41,6 +41,13 @@ test-slow: setup  ## the slow tests
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-lowest:  ## the default tests with the oldest versions that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) scripts/lowest_versions.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --editable '.[dev]' --constraint .venv-lowest/constraints.txt
+	touch .venv-lowest/.installed
+	$(MAKE) test VENV=.venv-lowest
 
 lint: setup  ## ruff and pyright
 	$(BIN)/ruff check .

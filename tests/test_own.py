@@ -79,7 +79,7 @@ def test_ways_to_write_the_same_network():
     class Reshaped(Written):
         def forward(self, x):
             x = nn.functional.max_pool2d(nn.functional.relu(self.conv(x), inplace=True), kernel_size=2, stride=2)
-            return self.head(x.reshape(x.shape[0], -1))
+            return self.head(torch.reshape(x, (x.shape[0], -1)))
 
     torch.manual_seed(0)
     one, other = Written(), Reshaped()

@@ -31,7 +31,14 @@ _LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
 
 class _Tracer(fx.Tracer):
-    """Layers are leaves, whatever module their class was defined in."""
+    """Layers are leaves, whatever module their class was defined in, and so are functions that take sizes of tensors.
+
+    They check their arguments before torch.fx sees them, and PyTorch 2.8 refuses its stand-ins for sizes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=(torch.reshape, nn.functional.avg_pool2d))
+        self._autowrap_search += [torch, nn.functional]  # else only where a function is imported by its own name
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
