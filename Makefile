@@ -45,7 +45,8 @@ test-gpu: setup  ## the tests that need a CUDA device
 test-lowest:  ## the default tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) scripts/lowest_versions.py > .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pip install --quiet --editable '.[dev]' --constraint .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+	  --constraint .venv-lowest/constraints.txt
 	touch .venv-lowest/.installed
 	$(MAKE) test VENV=.venv-lowest
 
@@ -74,5 +75,5 @@ resnet-tables: setup  ## Tables 3 and 4, on CIFAR-10: sampled as in the paper, e
 	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) m=24 epsilon=0.001 limit=500
 	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) limit=2000
 
-clean:  ## remove the virtual environment and what runs wrote, except the kept results
-	rm -rf $(VENV) outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps outputs/subset_sum outputs/figures outputs/bench
+clean:  ## remove the virtual environments and what runs wrote, except the kept results
+	rm -rf $(VENV) .venv-lowest outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps outputs/subset_sum outputs/figures outputs/bench

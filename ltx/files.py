@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # by a process that was killed
-            with contextlib.suppress(FileNotFoundError):  # by another one that has just ended
+            with contextlib.suppress(OSError):  # gone by now, or somebody else's
                 if time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

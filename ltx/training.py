@@ -246,9 +246,6 @@ def _train_round(
         on_progress(Progress(round_, epoch, mean, accuracy(model, test) if last else None))
 
 
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW
-
-
 def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """AdamW's moments and step counts under the parameters' names."""
     return {
@@ -327,15 +324,12 @@ def _resume(model: nn.Module, checkpoint: Path, settings: str, protocol: Protoco
         round_, epoch = int(metadata["round"]), int(metadata["epoch"])
         if not (1 <= round_ <= protocol.rounds + 1 and 1 <= epoch <= protocol.epochs):
             raise ValueError(f"round {round_}, epoch {epoch}")
-        for name, tensor in moments.items():
-            _, key, parameter = name.split(".", 2)
-            if tensor.shape != (() if key == "step" else model.get_parameter(parameter).shape):
-                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}")
-        if (
-            (epoch > 1) != bool(moments)
-            or len(moments) % len(_MOMENTS)
-            or {n.split(".")[1] for n in moments} - _MOMENTS
-        ):
+        shapes = {
+            f"optimizer.{key}.{name}": () if key == "step" else model.get_parameter(name).shape
+            for name in {n.split(".", 2)[-1] for n in moments}
+            for key in ("step", "exp_avg", "exp_avg_sq")  # AdamW's
+        }
+        if (epoch > 1) != bool(moments) or {name: tensor.shape for name, tensor in moments.items()} != shapes:
             raise ValueError("the optimizer's state is not whole")
         model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
     except (KeyError, ValueError, AttributeError, RuntimeError) as error:

@@ -1,7 +1,9 @@
 """The command line on a residual network, with sampled errors and explicit tickets, on the embedded digits."""
 
 import json
+import shutil
 
+import pandas as pd
 import pytest
 from conftest import SMOKE, one_line
 
@@ -53,6 +55,18 @@ def test_residual_network_from_training_to_tables(residual, ltx):
     assert "| sampled " in page
     assert "| explicit L+1 " in page
     assert "| explicit 2L " in page
+
+
+def test_deviations_of_a_ticket_that_was_replaced_are_left_out(residual, ltx, tmp_path):
+    folder, settings = residual
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    settings = [*(s for s in settings if not s.startswith("output_dir=")), f"output_dir={tmp_path}"]
+    one, other = sorted(tmp_path.glob("tickets/*/2L-*/ticket.safetensors"))
+    one.write_bytes(other.read_bytes())
+    assert ltx("tables", *settings)[0] == 0
+    table = pd.read_csv(tmp_path / "tables" / "deviation-digits.csv")
+    assert set(table[table.construction == "2L"].seed) == {1}
+    assert set(table[table.construction == "L+1"].seed) == {0, 1}
 
 
 @pytest.mark.parametrize("command", ["eval", "verify"])

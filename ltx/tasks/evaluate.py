@@ -32,7 +32,7 @@ from ltx.verification import verify
 log = logging.getLogger(__name__)
 _ABOUT = (
     "kind", "network", "data", "input_range", "activation", "construction", "base_set_size", "epsilon", "selection",
-    "seed", "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256",
+    "seed", "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256", "ticket_sha256",
 )  # fmt: skip
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
 DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared

@@ -99,7 +99,7 @@ def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Pat
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
         table = _plain(pd.DataFrame(rows), settings)
-        short = table.drop(columns=["target_sha256", "kind", "data", "input_range"], errors="ignore")
+        short = table.drop(columns=["target_sha256", "ticket_sha256", "kind", "data", "input_range"], errors="ignore")
         write_text(path.with_suffix(".csv"), short.to_csv(index=False, float_format="%.5g"))
         figures.save(deviation.figure(table), path)
 
@@ -169,19 +169,18 @@ def _targets(settings: Settings) -> dict[str, dict]:
     """SHA-256 of the targets that the settings mean, of every activation -> their data and range of inputs."""
     digests = {}
     one = settings.target.checkpoint or settings.target.module
-    names = [settings.activation.value] if one else list(ACTIVATION_NAMES)
+    names = [settings.activation.value] if one else ACTIVATION_NAMES
     for name in names:
         try:
             target = targets_at.load(replace(settings, activation=ActivationName(name)))  # type: ignore[operator]
             digests[target.digest] = {"data": target.data, "input_range": list(target.input_range)}
-        except CheckpointError as error:
-            if one:
-                raise
-            log.warning("%s; its results are left out", error)
         except LtxError as error:
             if one:
                 raise
-            log.debug("%s", error)  # no target of that activation
+            if isinstance(error, CheckpointError):
+                log.warning("%s; its results are left out", error)
+            else:
+                log.debug("%s", error)  # no target of that activation
     return digests
 
 
