@@ -6,11 +6,14 @@ command makes: the path of its artefact, alone, as the last line.
 
 from __future__ import annotations
 
+import argparse
+import errno
 import importlib
 import itertools
 import os
 import re
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ltx.errors import LtxError
@@ -176,7 +179,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
     sys.argv = [f"ltx {command}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place that reports them
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+        with _lazy_help():
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (LtxError, HydraException, OmegaConfBaseException) as error:
         return _fail(_line(error))
     except OSError as error:  # Hydra's own folder of a sweep
@@ -191,6 +195,13 @@ def _hydra(command: str, overrides: list[str]) -> int:
         if full_error is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
     return 1 if failures else 0
+
+
+def _lazy_help() -> AbstractContextManager[object]:
+    """Within it, argparse takes any help text: since Python 3.14 it refuses Hydra 1.3's, which becomes text late."""
+    from unittest import mock
+
+    return mock.patch.object(argparse.ArgumentParser, "_check_help", create=True)
 
 
 def _line(error: BaseException) -> str:
@@ -212,8 +223,8 @@ def _line(error: BaseException) -> str:
 def _os_error(error: OSError) -> str:
     """What it says of a file that cannot be written, or of the standard output, to which no more is written then."""
     try:
-        print(end="", flush=True)
-        lost = isinstance(error, BrokenPipeError)
+        print(end="", flush=True)  # fails again, but for what Python 3.14 tried to write without a buffer
+        lost = isinstance(error, BrokenPipeError) or (error.errno == errno.ENOSPC and error.filename is None)
     except OSError:
         lost = True
     if lost:

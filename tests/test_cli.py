@@ -272,10 +272,11 @@ def test_the_command_that_trains_a_missing_target_is_the_one_that_helps(ltx, tmp
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)])
 @pytest.mark.parametrize("arguments", [("--help",), ("construct", "--help"), ("bounds", "--cfg", "job")])
-def test_an_output_that_takes_nothing(arguments):
+def test_an_output_that_takes_nothing(arguments, unbuffered):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "ltx.cli", *arguments]
+        command = [sys.executable, *unbuffered, "-m", "ltx.cli", *arguments]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert one_line(done.stderr) == "ltx: cannot write to the standard output: No space left on device"

@@ -175,6 +175,7 @@ def transposed(values: Tensor, targets: Tensor) -> tuple[Tensor, int | None]:
             _transpose[(triton.cdiv(n, THREADS),)](
                 values, targets, columns, first, n, m, *values.stride(),
                 WIDTH=triton.next_power_of_2(m), THREADS=THREADS,  # pyright: ignore[reportArgumentType] - constants
+                enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - an option of the launch
             )  # fmt: skip
     bad = int(first)
     return columns, None if bad == n else bad
