@@ -230,8 +230,7 @@ def test_gpu_kernels_compile_without_a_gpu(values, capability, tmp_path, monkeyp
         known = {name: value for name, value in known.items() if name in kernel.arg_names}
         signature = {name: "constexpr" if name in known else kinds[name] for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=known)
-        options = {"enable_fp_fusion": False}
-        assert "cubin" in compiled(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+        assert "cubin" in compiled(source, target=GPUTarget("cuda", capability, 32), options=gpu.LAUNCH).asm
 
 
 @pytest.mark.gpu

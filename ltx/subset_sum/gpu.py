@@ -19,6 +19,7 @@ from torch import Tensor
 
 LARGEST = 1 << 18  # subsets of one size that are still looked at here: all sizes up to m = 20
 THREADS = 128  # problems of one program
+LAUNCH = {"enable_fp_fusion": False}  # of every kernel: what it computes is what it says, to the last bit
 PROGRAMS = 4096  # at least so many programs are made, by sharing the subsets of a problem out, where it pays
 
 
@@ -175,7 +176,7 @@ def transposed(values: Tensor, targets: Tensor) -> tuple[Tensor, int | None]:
             _transpose[(triton.cdiv(n, THREADS),)](
                 values, targets, columns, first, n, m, *values.stride(),
                 WIDTH=triton.next_power_of_2(m), THREADS=THREADS,  # pyright: ignore[reportArgumentType] - constants
-                enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - an option of the launch
+                **LAUNCH,
             )  # fmt: skip
     bad = int(first)
     return columns, None if bad == n else bad
@@ -199,8 +200,9 @@ def search(values: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, Ten
     if n:
         with torch.cuda.device_of(values):
             _up_to_three[(triton.cdiv(n, THREADS),)](
-                values, targets, error, mask, size, n, m, looked, epsilon, THREADS=THREADS,
-                enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - an option of the launch
+                values, targets, error, mask, size, n, m, looked, epsilon,
+                THREADS=THREADS,  # pyright: ignore[reportArgumentType] - a constant
+                **LAUNCH,
             )  # fmt: skip
     open_ = (error > epsilon).nonzero().flatten()
     while len(open_) and looked < m and math.comb(m, looked + 1) <= LARGEST:
@@ -236,8 +238,8 @@ def _search_size(values: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Te
             size,
             len(prefixes),
             share,
-            THREADS=THREADS,
-            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - an option of the launch
+            THREADS=THREADS,  # pyright: ignore[reportArgumentType] - a constant
+            **LAUNCH,
         )
     first = least.argmin(0, keepdim=True)  # the first of several: the shares are in lexicographic order
     return least.gather(0, first)[0], chosen.gather(0, first)[0]
