@@ -20,6 +20,12 @@ SMOKE = ("target=digits", "protocol=smoke", "device=cpu")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Layers that a test makes have the same parameters whichever tests the worker ran before."""
+    torch.manual_seed(0)
+
+
 def small_cnn(activation: str, *, seed: int = 0, density: float = 0.3, channels: int = 4, size: int = 6, bias=True):
     """conv, phi, conv, phi, flatten, linear with random sparse parameters in [-0.9, 0.9]."""
     generator = torch.Generator().manual_seed(seed)

@@ -101,7 +101,8 @@ def test_tickets(construction, activation, kernel, stride):
     worst = ascend(ticket.to_module(), model, x, *box, steps=20).largest
     assert 0 < worst <= certify(ticket, graph, *box).largest
     with torch.no_grad():
-        torch.testing.assert_close(masked_network(ticket)(x), ticket.to_module()(x), rtol=1e-4, atol=1e-5)
+        x = x.double()  # float32 rounds behind sigmoid's opposite rows
+        torch.testing.assert_close(masked_network(ticket).double()(x), ticket.to_module().double()(x))
 
 
 def test_certificates_do_not_depend_on_how_a_pair_is_written():
