@@ -31,8 +31,7 @@ def close(model, x, *, tolerance=0.1, **arguments):
     return ticket
 
 
-def sequential(*modules, seed=0):
-    torch.manual_seed(seed)
+def sequential(*modules):
     return nn.Sequential(*modules).eval()
 
 
@@ -175,7 +174,7 @@ def test_what_float32_cannot_tell_from_the_offset_is_refused():
         ticket = construct(model, input_range=(0, 1), **how)
         with torch.no_grad():
             single, double = ticket.to_module()(x), ticket.to_module().double()(x.double())
-        assert (single - double).abs().max() < 0.05  # softplus: up to 0.014 over 40 initialisations
+        assert (single - double).abs().max() < 0.01
     with pytest.raises(
         ConstructionError, match=r"opposite rows of softplus .* float32 rounds a parameter by up to 0.\d"
     ):
