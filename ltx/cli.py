@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import itertools
 import os
 import re
@@ -45,6 +46,8 @@ INTERRUPTED = 130  # the exit status, as of a shell
 
 def main() -> None:
     """Entry point of the `ltx` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # tables hold signs that older encodings lack
     try:
         status = run(sys.argv[1:])
         print(end="", flush=True)

@@ -282,6 +282,20 @@ def test_an_output_that_takes_nothing(arguments, unbuffered):
     assert one_line(done.stderr) == "ltx: cannot write to the standard output: No space left on device"
 
 
+def test_an_output_that_lacks_the_signs_of_a_table(outputs, ltx, tmp_path):
+    shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
+    settings = (*SMOKE, f"output_dir={tmp_path / 'again'}")
+    for command in ("construct", "eval"):
+        assert ltx(command, *settings, "seed=1")[0] == 0
+    tables = [sys.executable, "-m", "ltx.cli", "tables", *settings]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(tables, capture_output=True, text=True, cwd=ROOT, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "again" / "tables" / "table1-digits.md").read_text(encoding="utf-8").split("\n\n")[1]
+    assert "±" in table
+    assert table.replace("±", "?") in done.stdout
+
+
 def test_tables_are_written_although_nobody_reads_the_output(outputs, ltx, monkeypatch, tmp_path):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
 
