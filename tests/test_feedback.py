@@ -25,7 +25,8 @@ def test_the_error_of_a_layer_never_rises_with_sweeps():
                   feedback=replace(FEW, sweeps=sweeps, refine=0, penalty=0.0, reject=None)).errors["conv"]
         for sweeps in (1, 2, 3)
     ]  # fmt: skip
-    assert all((after <= before * (1 + 1e-4))[~after.isnan()].all() for before, after in pairwise(claims))
+    squares = [claim[~claim.isnan()].square() for claim in claims]
+    assert all((after <= before + 1e-7).all() for before, after in pairwise(squares))  # float32 of activations of order 1
 
 
 @everywhere
