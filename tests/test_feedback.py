@@ -26,7 +26,7 @@ def test_the_error_of_a_layer_never_rises_with_sweeps():
         for sweeps in (1, 2, 3)
     ]  # fmt: skip
     squares = [claim[~claim.isnan()].square() for claim in claims]
-    assert all((after <= before + 1e-7).all() for before, after in pairwise(squares))  # float32 of activations of order 1
+    assert all((after <= before + 1e-7).all() for before, after in pairwise(squares))  # float32 of values of order 1
 
 
 @everywhere
@@ -52,16 +52,29 @@ def test_rows_compute_what_the_ticket_claims(activation, construction, batch_nor
 def test_claims_of_targets_that_hardly_vary(construction):
     """One image: what is left of opposite rows, phi(0) +- phi'(0) x scaled up, is float32's rounding."""
     for seed in range(6):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Sigmoid(), nn.Linear(4, 2)).eval()
-        shown = torch.rand(1, 1, 4, 4)
-        ticket = construct(model, construction=construction, selection="feedback", calibration=shown, seed=seed,
-                           input_range=(0.0, 1.0), head="construct")  # fmt: skip
+        model, shown, ticket = of_one_image(nn.Sigmoid, construction, seed)
         found = verify(ticket, model, shown)
         assert found.violations == ()
         assert 0 < found.max_row_error < 0.1
         errors = {name: claimed + 1e-3 for name, claimed in ticket.errors.items()}
         assert "the ticket claims" in verify(replace(ticket, errors=errors), model, shown).violations[0]
+
+
+@pytest.mark.parametrize("seed", [32, 38, 65])
+def test_an_image_on_which_float32_happens_to_be_exact_says_little(seed):
+    """It hid the noise of layer 3 with these seeds (on a Zen 4), and honest claims were refused; 6 of 120 seeds did."""
+    model, shown, ticket = of_one_image(nn.Softplus, "L+1", seed)
+    assert verify(ticket, model, shown).violations == ()
+
+
+def of_one_image(activation, construction, seed):
+    """A network, its only calibration image, and a ticket."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), activation(), nn.Linear(4, 2)).eval()
+    shown = torch.rand(1, 1, 4, 4)
+    ticket = construct(model, construction=construction, selection="feedback", calibration=shown, seed=seed,
+                       input_range=(0.0, 1.0), head="construct")  # fmt: skip
+    return model, shown, ticket
 
 
 @both
