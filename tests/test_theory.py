@@ -79,6 +79,23 @@ def test_the_budgets_of_a_residual_network(construction):
     assert found.source_parameters > 100 * sum(layer.parameters for layer in found.layers)
 
 
+@both
+@pytest.mark.parametrize("form", theory.FORMS)
+@pytest.mark.parametrize("zero", ["0", "2", "5"])
+def test_a_layer_that_is_zero(zero, form, construction):
+    """A deviation in front of it is lost: any epsilon will do there, and the others add up to the error."""
+    model = small_cnn("relu")
+    for parameter in model.get_submodule(zero).parameters():
+        nn.init.zeros_(parameter)
+    graph = trace(model)
+    found = theory.guarantee(graph, 0.5, 0.1, construction=construction, form=form, head="construct")
+    assert all(layer.epsilon > 0 and layer.base_set_size >= 1 for layer in found.layers)
+    epsilons = {layer.layer: layer.epsilon for layer in found.layers}
+    sizes = {layer.layer: layer.base_set_size for layer in found.layers}
+    assert theory.ticket_error(graph, epsilons, sizes, construction=construction, head="construct") <= 0.5 * (1 + 1e-9)
+    assert construct(graph, construction=construction, base_set_size=20, seed=1).slots
+
+
 def test_the_theorem_s_budgets():
     """epsilon_l = epsilon / prod over s >= l of 3 T N_s in 2L (Theorem 3.1)."""
     graph = trace(small_cnn("sigmoid"))

@@ -9,6 +9,8 @@ from ltx.constructions.layout import IMAGE, layout
 from ltx.graph import Graph, Node
 from ltx.theory.parts import Part, parts_of
 
+NOTHING = 1e-300  # the gain of layers and batch norms that are zero, of which a deviation before them is lost
+
 
 def budgets(
     graph: Graph, parts: Mapping[str, Part], error: float, construction: str, form: str, sizes: Mapping[str, int]
@@ -29,11 +31,11 @@ def budgets(
                 shares = 1 + (part.reads != IMAGE) + (not part.linear)
                 row = max(1, part.largest_row)
                 epsilons[node.name] = epsilon = mine / (shares * row * max(part.largest_input, 1.0))
-                inside = mine / (shares * part.gain(epsilon, sizes[node.name]))
+                inside = mine / max(shares * part.gain(epsilon, sizes[node.name]), NOTHING)
         elif node.layer is not None:  # a head that is kept
-            inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), 1e-300)
+            inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), NOTHING)
         else:
-            inside = mine / max(_gain(node), 1e-300)
+            inside = mine / max(_gain(node), NOTHING)
         for name in node.inputs:
             allowed[name] = min(allowed[name], inside * _share(graph, node, name))
     return {name: allowed[name] for name in parts}, epsilons
