@@ -49,6 +49,21 @@ def test_rows_compute_what_the_ticket_claims(activation, construction, batch_nor
 
 
 @both
+@pytest.mark.parametrize("zero", ["0", "2", "5"])
+def test_a_layer_that_is_zero(construction, zero):
+    """What is before it is not read, and not constructed."""
+    model, shown = small_cnn("relu"), images(16)
+    for parameter in model.get_submodule(zero).parameters():
+        nn.init.zeros_(parameter)
+    ticket = construct(model, construction=construction, selection="feedback", calibration=shown, feedback=FEW,
+                       head="construct", scaling="layer_max")  # fmt: skip
+    assert verify(ticket, model, shown).violations == ()
+    with torch.no_grad():
+        ours, theirs = ticket.to_module()(shown), model(shown)
+    assert (ours - theirs).abs().max() <= 0.3 * theirs.abs().max()
+
+
+@both
 def test_claims_of_targets_that_hardly_vary(construction):
     """One image: what is left of opposite rows, phi(0) +- phi'(0) x scaled up, is float32's rounding."""
     for seed in range(6):

@@ -150,12 +150,13 @@ class FeedbackSolver:
         """The same, of rows that are not constant."""
         order = kinds.argsort(stable=True)
         rows, kinds = rows[order], kinds[order]
-        columns = self.bases.columns.flatten()
+        some = bool(self.sizes[kinds].any())  # else they read nothing, and maybe there is nothing to read
+        columns = self.bases.columns.flatten() if some else torch.empty(0, dtype=torch.int64)
         x, where = self._inputs(torch.cat([columns, columns + 1]) if self.bases.paired else columns)
-        if self._signals is None and int(self.sizes[kinds].sum()):
+        if self._signals is None and some:
             self._signals = self._read(x, where)
         limit = CHUNK // max(1, self.bases.columns.shape[-1])  # visits whose entries are looked at together
-        tried = in_parts(lambda some, of: self._solve(some, of, x, where), rows, kinds, self.sizes, limit)
+        tried = in_parts(lambda part, of: self._solve(part, of, x, where), rows, kinds, self.sizes, limit)
         back = order.argsort()
         return Attempt(tried.good[back], tried.sums[back], tried.failures[back], tried.rows, tried.offsets)
 
