@@ -49,6 +49,15 @@ def randomise(module: nn.Module, generator: torch.Generator, density: float, *, 
         module.bias.copy_((torch.rand(module.bias.shape, generator=generator) * 1.8 - 0.9) * bias)
 
 
+def without_parameters(model: nn.Module, *layers: str) -> nn.Module:
+    """The same network, in which nothing is left of some layers."""
+    with torch.no_grad():
+        for name in layers:
+            for parameter in model.get_submodule(name).parameters():
+                parameter.zero_()
+    return model
+
+
 def small_resnet(activation="relu", *, seed=0, blocks=2, width=2, density=0.25):
     """Random parameters and statistics; 8x8 images with one channel, 3 classes."""
     model = resnet22(ACTIVATIONS[activation], shape=(1, 8, 8), classes=3, width=width, blocks=blocks)

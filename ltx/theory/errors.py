@@ -9,13 +9,16 @@ from ltx.constructions.layout import IMAGE, layout
 from ltx.graph import Graph, Node
 from ltx.theory.parts import Part, parts_of
 
-NOTHING = 1e-300  # the gain of layers and batch norms that are zero, of which a deviation before them is lost
+NOTHING = 1e-300  # in place of 0, the gain of layers and batch norms that are zero
 
 
 def budgets(
     graph: Graph, parts: Mapping[str, Part], error: float, construction: str, form: str, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Walking back from the output: the largest deviation of every layer's outputs, and epsilon of its parameters."""
+    """Walking back from the output: the largest deviation of every layer's outputs, and epsilon of its parameters.
+
+    An epsilon is at most the largest parameter that its layer may have, also where nothing counts: in front of zeros.
+    """
     allowed = dict.fromkeys((node.name for node in graph.nodes), math.inf)
     allowed[graph.nodes[-1].name] = error
     epsilons = {}
@@ -25,13 +28,14 @@ def budgets(
             part = parts[node.name]
             if form == "theorem":
                 shares, count = 3 if construction == "2L" else 2, max(1, part.parameters)
-                epsilons[node.name] = mine / (shares * count)
-                inside = epsilons[node.name] / (sizes[node.name] if part.several else 1)
+                epsilon = mine / (shares * count)
+                inside = epsilon / (sizes[node.name] if part.several else 1)
             else:
                 shares = 1 + (part.reads != IMAGE) + (not part.linear)
                 row = max(1, part.largest_row)
-                epsilons[node.name] = epsilon = mine / (shares * row * max(part.largest_input, 1.0))
+                epsilon = min(mine / (shares * row * max(part.largest_input, 1.0)), part.scale)
                 inside = mine / max(shares * part.gain(epsilon, sizes[node.name]), NOTHING)
+            epsilons[node.name] = min(epsilon, part.scale)
         elif node.layer is not None:  # a head that is kept
             inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), NOTHING)
         else:

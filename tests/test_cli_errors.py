@@ -1,0 +1,153 @@
+"""Mistakes on the command line: one line that says what to do, and nothing half-written."""
+
+import importlib
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMOKE, one_line
+
+from ltx.files import write_tensors
+from ltx.help import SUMS, override
+
+
+@pytest.mark.parametrize("command", SUMS)
+@pytest.mark.parametrize(("folder", "message"), [("/dev/null/ltx", "cannot write /dev/null/ltx"), ("", "is empty")])
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(ltx, command, folder, message):
+    begin = time.perf_counter()
+    status, out, err = ltx(command, f"output_dir={folder}")
+    assert (status, out) == (1, "")
+    assert message in one_line(err)
+    assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune"], "unknown command 'prune'; there are train-target"),
+        (["construct", "colour=red"], "'colour'"),
+        (["construct", "activation=swish"], "expected one of [relu, leaky_relu, tanh, sigmoid, identity, elu,"),
+        (["construct", "construction=3L"], "expected one of [2L, L+1, sampled]"),
+        (["construct", "--fast"], "unknown flag '--fast'"),
+        (["construct", "m", "15"], "'m' is no setting; settings are written KEY=VALUE"),
+        (["construct", "construction=2L,L+1"], "construction"),
+        (["construct", "target=imagenet"], "target/imagenet"),
+        (["construct", "m=0"], "m=0: the base set size must be at least 1"),
+        (["construct", "constructon=2L"], "ltx COMMAND --help lists the settings"),
+        (["construct", "+sed=3"], "there is no setting sed; ltx COMMAND --help lists the settings"),
+        (["construct", "+feedback.sample=3"], "there is no setting feedback.sample;"),
+        (["construct", "head=keep=1"], "head=keep=1: mismatched input"),
+        (["construct", "m=33"], "between 1 and 32"),
+        (["construct", "m=many"], "many"),
+        (["construct", "epsilon=0"], "positive"),
+        (["construct", "epsilon=-0.01"], "positive"),
+        (["construct", "epsilon=nan"], "positive"),
+        (["construct", "epsilon=inf"], "positive"),
+        (["construct", "seed=-1"], "seed=-1"),
+        (["construct", "target.checkpoint=/nowhere/x.safetensors"], "no such file"),
+        (["construct", "protocol=smoke", "target=digits"], "train it with: ltx train-target target=digits"),
+        (["eval", "/nowhere/t.safetensors"], "no such file"),
+        (["verify", "/nowhere/t.safetensors"], "no such file"),
+        (["tables", "target=digits", "m=3"], "no results below"),
+        (["subset-sum", "law=cauchy"], "expected one of [uniform, product, normal]"),
+        (["subset-sum", "problems=1"], "between 2 and 100000000"),
+        (["subset-sum", "problems=1e9"], "1e9"),
+        (["figures", "m=33"], "between 1 and 32"),
+        (["bench", "seconds=0"], "seconds=0.0"),
+        (["bench", "m=10"], "ltx bench has no setting 'm'"),
+        (["figures", "law=normal"], "ltx figures has no setting 'law'"),
+        (["subset-sum", "target=digits"], "ltx subset-sum has no setting 'target'"),
+        (["train-target", "seed=3"], "target.seed"),
+        (["train-target", "protocol.rounds=0"], "at least 1"),
+        (["train-target", "target.density=2"], "(0, 1]"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_ends_with_one_clear_line(arguments, message, ltx, tmp_path):
+    status, out, err = ltx(*arguments, output_dir=None if len(arguments) < 2 else tmp_path)
+    assert status != 0
+    assert out == ""
+    assert message in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none(ltx, tmp_path):
+    status, _, err = ltx("construct", "device=cuda", output_dir=tmp_path)
+    assert status == 1
+    assert "no CUDA device" in one_line(err)
+
+
+def test_the_command_that_trains_a_missing_target_is_the_one_that_helps(ltx, tmp_path):
+    """Also where it is sought in a folder of its own, of a seed of its own."""
+    where = tmp_path / "outputs in ü, b(c), 'd'"
+    given = ("construct", "target=digits", "protocol=smoke", "target.seed=3", override("output_dir", where))
+    _, _, err = ltx(*given)
+    advised = shlex.split(one_line(err).split("train it with: ltx ")[1])
+    status, _, _ = ltx(*advised)
+    assert status == 0
+    assert (where / "targets" / "digits-relu-smoke-seed3").is_dir()
+    status, _, err = ltx(*given)
+    assert status == 0, err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)])
+@pytest.mark.parametrize("arguments", [("--help",), ("construct", "--help"), ("bounds", "--cfg", "job")])
+def test_an_output_that_takes_nothing(arguments, unbuffered):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *unbuffered, "-m", "ltx.cli", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert one_line(done.stderr) == "ltx: cannot write to the standard output: No space left on device"
+
+
+def test_a_layer_that_loses_every_parameter_is_named(ltx, tmp_path):
+    _, _, err = ltx("train-target", "target=digits", "protocol=smoke", "target.density=1e-6", output_dir=tmp_path)
+    assert "no parameter is left of 0.weight, 2.weight, 5.weight; a larger target.density" in err
+
+
+def test_damaged_mnist(ltx, tmp_path):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{split}-{kind}-ubyte").write_bytes(b"\x00\x00\x08\x03" + bytes(60))
+    status, _, err = ltx(
+        "train-target", "target=mnist", "use_reference=false", f"data.root={tmp_path / 'data'}",
+        output_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert status == 1
+    line = one_line(err)
+    assert "MNIST" in line
+    assert "damaged" in line
+    assert "target=digits" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_of_the_wrong_format_is_no_ticket(ltx, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"0.weight": torch.zeros(1)}, {"format": "ltx-target/1"})
+    status, _, err = ltx("verify", str(path))
+    assert status == 1
+    assert "a target, not a ticket" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("command", "task", "setting"),
+    [("train-target", "train_target", "target.batch_size"), ("construct", "construct", "device=cpu")],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
+def test_out_of_memory_names_the_setting_to_lower(ltx, monkeypatch, command, task, setting, error):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(f"ltx.tasks.{task}"), "run", run)
+    status, out, err = ltx(command, *SMOKE)
+    assert (status, out) == (1, "")
+    assert "out of memory" in one_line(err)
+    assert setting in err
