@@ -18,6 +18,7 @@ from ltx.certificates.tightened import _bounds, tightened
 from ltx.certificates.together import together
 from ltx.graph import run, trace
 from ltx.intervals import Interval
+from ltx.report import certificate as report
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
@@ -323,3 +324,8 @@ def test_a_layer_that_nothing_reads():
     ticket = construct(model, construction="L+1", base_set_size=20, head="construct")
     box = -torch.ones(1, 6, 6), torch.ones(1, 6, 6)
     assert certify(ticket, trace(model), *box).largest < 0.1
+
+
+def test_the_figure_without_anything_above_zero():
+    figure = report.figure([{"deviation": 0.0, "span": 0.0, "measured": None}], "a layer that is zero")
+    assert figure.axes[0].get_yscale() == "linear"

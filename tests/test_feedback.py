@@ -354,3 +354,21 @@ def test_settings_without_meaning(settings, message):
 def test_arguments_without_meaning(arguments, message):
     with pytest.raises(LtxError, match=message):
         construct(small_cnn("relu"), **arguments)
+
+
+@both
+def test_errors_that_float32_has_no_squares_of(construction):
+    """Targets of 1e20 have none, whichever layer it is that they come from; claims of 1e-42 have none that is not 0."""
+    how = {"construction": construction, "selection": "feedback", "calibration": images(), "feedback": FEW}
+    for layer in (0, 2, 5):
+        model = small_cnn("relu")
+        with torch.no_grad():
+            model[layer].weight.mul_(1e20)
+        with pytest.raises(LtxError, match="not finite, or their squares are beyond float32"):
+            construct(model, head="construct", scaling="layer_max", **how)
+    model = small_cnn("relu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-42)
+    ticket = construct(model, head="construct", scaling="layer_max", **how)
+    assert verify(ticket, model, images()).violations == ()

@@ -38,6 +38,15 @@ def large():
         net[3].weight.uniform_(.1, .9)
     return net
 
+def constant():
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-20)
+        for tensor in (net[1].running_var, net[1].running_mean, net[1].bias):
+            tensor.uniform_(0.1, 0.9)
+    return net
+
 def attention():
     return nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2))
 
@@ -269,6 +278,18 @@ def test_what_float32_rounds_is_no_error_of_the_certificate(own, ltx, tmp_path):
     assert all(max(row["measured"], row["ascent"]) <= row["certificate"] for row in result["outputs"])
     assert 0 < result["ascent"] < result["certificate"] < 1e-4
     assert "(largest error 0.000000)" not in ltx("verify", *given)[2]
+
+
+@pytest.mark.parametrize("batch_norm", ["keep", "fold"])
+def test_a_tight_bound_is_of_the_rounded_target(own, batch_norm, ltx, tmp_path):
+    """Outputs that hardly change have bounds without room for what float32 rounds of batch norm's parameters."""
+    given = ["target=digits", f"target.module={own}:constant", "head=construct", "m=20", f"batch_norm={batch_norm}"]
+    assert ltx("construct", *given)[0] == 0
+    status, _, err = ltx("certify", *given, "certify.starts=2", "certify.steps=2")
+    assert status == 0, err
+    result = json.loads(next(tmp_path.glob("tickets/*/*/certificate.json")).read_text())
+    for row in result["outputs"]:
+        assert row["measured"] <= row["certificate"] < row["measured"] + 1e-6
 
 
 def test_how_to_give_the_target_of_a_ticket_is_said(own, ltx, tmp_path):

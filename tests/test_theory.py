@@ -8,7 +8,7 @@ import torch
 from conftest import images, small_cnn, small_resnet, without_parameters
 from torch import nn
 
-from ltx import LtxError, construct, theory
+from ltx import LtxError, construct, theory, verify
 from ltx.activations import ACTIVATIONS
 from ltx.constructions import Statistics
 from ltx.constructions.two_for_one import linear_scale, pair_law
@@ -279,4 +279,29 @@ def test_parameters_beyond_reach():
         model[0].weight.mul_(5)
     with pytest.raises(LtxError, match=r"layer 0: a parameter of .* is beyond 1; use scaling=layer_max"):
         theory.guarantee(trace(model), 1.0, 0.1, construction="2L")
+    with pytest.raises(LtxError, match=r"is beyond 1; use scaling=layer_max"):
+        theory.failure_probability(trace(model), 15, 0.01, construction="2L")
     assert theory.guarantee(trace(model), 1.0, 0.1, construction="2L", scaling="layer_max").base_set_size > 1
+    graph = trace(model)
+    every = dict.fromkeys(graph.layers, 0.01), dict.fromkeys(graph.layers, 15)  # where there are subsets
+    unit, scaled = (theory.ticket_error(graph, *every, construction="2L", scaling=s) for s in ("unit", "layer_max"))
+    assert 0 < unit == scaled
+
+
+def test_the_error_of_a_ticket_that_needs_no_constants():
+    """A channel behind a dead layer cannot be constant, and biases within epsilon of 0 do not ask for one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
+    ).eval()
+    with torch.no_grad():
+        model[1].bias.fill_(-9.0)
+        model[3].bias.fill_(0.005)
+        model[6].bias.zero_()
+    graph = trace(model)
+    ticket = construct(graph, construction="2L", base_set_size=20, epsilon=0.01, head="construct")
+    assert verify(ticket, graph).ok
+    every = dict.fromkeys(graph.layers, 0.01), dict.fromkeys(graph.layers, 20)
+    assert 0 < theory.ticket_error(graph, *every, construction="2L", head="construct") < math.inf
+    with pytest.raises(LtxError, match=r"can be made constant, .*; use batch_norm='fold'"):
+        construct(graph, construction="2L", base_set_size=20, epsilon=0.001, head="construct")

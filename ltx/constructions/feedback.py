@@ -174,11 +174,7 @@ class FeedbackSolver:
         )  # fmt: skip
         worth = weights * self._multipliers[group // taps]
         error, beside = self._error(rows, kinds_there)
-        if not bool(torch.isfinite(error.square().sum(1)).all()):
-            raise ConstructionError(
-                f"layer {self.layer.target}: activations on the calibration images are not finite, or their squares "
-                "are beyond float32"
-            )
+        self._require_finite(error)
         chosen, missed = torch.zeros_like(weights, dtype=torch.bool), torch.zeros_like(kinds)
         if self._signals is not None and len(which):
             penalty = self._penalty[kinds_there]
@@ -192,6 +188,7 @@ class FeedbackSolver:
                 self._gram = self._gram or Gram(self._signals)
                 refine(self._signals, self._gram, self._visits, kinds_there, weights, chosen, error, penalty,
                        passes=settings.refine)  # fmt: skip
+            self._require_finite(error)
         missed = missed.cpu()
         scale = self.read.behind.scale.to(error)[kinds_there].abs()
         errors = torch.where(scale == 0, beside, scale * error.square().mean(1).sqrt()).cpu()
@@ -203,6 +200,13 @@ class FeedbackSolver:
         self._run(rows[good], kept_rows, kept_offsets, x, where)
         self._claim(rows[good], errors[good])
         return Attempt(good, torch.zeros(len(rows), dtype=torch.float64), missed, kept_rows, kept_offsets)
+
+    def _require_finite(self, error: Tensor) -> None:
+        if not bool(torch.isfinite(error.square().sum(1)).all()):
+            raise ConstructionError(
+                f"layer {self.layer.target}: activations on the calibration images are not finite, or their squares "
+                "are beyond float32"
+            )
 
     def _usual(self, errors: Tensor, kinds: Tensor) -> Tensor:
         """Which rows are not much worse than most, (n,) bool: those of their kind, or of all where there are few."""

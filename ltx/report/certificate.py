@@ -25,7 +25,8 @@ def figure(nodes: Sequence[dict], about: str) -> Figure:
         axes.plot(positions, [n["measured"] if n["measured"] else float("nan") for n in nodes], color=BLUE, marker="s",
                   ms=3, label="largest on test images")  # fmt: skip
         axes.plot(positions, [n["span"] for n in nodes], color=GREY, ls=":", label="range of the channel")
-        axes.set_yscale("log")
+        if any(max(n["deviation"], n["span"]) > 0 for n in nodes):
+            axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("activation, from the first to the last")
         axes.set_ylabel("largest deviation of a slot")

@@ -45,7 +45,7 @@ from ltx.constructions.layout import IMAGE, layout
 from ltx.graph import Graph
 from ltx.subset_sum.limits import PRODUCT, UNIFORM
 from ltx.theory.errors import budgets, ticket_error
-from ltx.theory.parts import check, parts_of
+from ltx.theory.parts import check, parts_of, require_within_reach
 from ltx.theory.widths import base_set_size, copies_of, problems_of, rows_of, slots_of
 
 __all__ = ["FORMS", "Guarantee", "LayerBound", "base_set_size", "failure_probability", "guarantee", "ticket_error"]
@@ -124,6 +124,7 @@ def guarantee(
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, 0.0, kept=kept)
     parts = parts_of(graph, joined, construction, kept, input_range, scaling, pair_kernel, pair_stride)
+    require_within_reach(parts)
     signed = [part for part in parts.values() if part.pair and part.signed]
     delta_sums = delta / 2 if signed else delta
     sizes = dict.fromkeys(parts, 1)
@@ -172,10 +173,14 @@ def failure_probability(
     """A delta: with m and epsilon everywhere, no row is given up with probability at least 1 - delta.
 
     The other way round: rho exp(-m / C), where Corollary 2.2 says anything, i.e. epsilon >= exp(-m / C); 1 elsewhere.
+
+    Raises:
+        LtxError: parameters beyond the reach of base sets.
     """
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, epsilon, kept=kept)
     parts = parts_of(graph, joined, construction, kept, input_range, scaling)
+    require_within_reach(parts)
     problems = problems_of(parts, joined, dict.fromkeys(parts, base_set_size), construction)
     total = 0.0
     for name, part in parts.items():

@@ -57,12 +57,15 @@ def ticket_error(
 ) -> float:
     """A bound of the outputs' deviation where every parameter of a layer is within its epsilon: `budgets` forwards.
 
+    That there are such subset sums is not asked for, so that parameters may be beyond the scale of their base sets.
+
     Args:
         epsilons: layer -> error of its parameters.
         sizes: layer -> its m: a parameter is a sum of at most so many entries.
     """
     kept = graph.head if head == "keep" else ()
-    parts = parts_of(graph, layout(graph, 0.0, kept=kept), construction, kept, input_range, scaling)
+    joined = layout(graph, math.inf, kept=kept)  # who reads whom: that constants can be made is the ticket's business
+    parts = parts_of(graph, joined, construction, kept, input_range, scaling)
     deviation: dict[str, float] = {}
     for node in graph.nodes:
         inside = [deviation[name] for name in node.inputs]

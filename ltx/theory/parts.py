@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +97,6 @@ def parts_of(
         else:
             weight = weight[:, :, None]
         scale, pair = layer_scale(layer, scaling), construction == "2L" or reads == IMAGE
-        largest = max(float(layer.weight.abs().max()), float(layer.bias.abs().max()))
-        check(largest <= scale, f"layer {name}: a parameter of {largest:g} is beyond {scale:g}; use scaling=layer_max")
         phi = pair_activation(graph, name) if pair else ACTIVATIONS["identity"]
         law = pair_law(phi, bool((inside.low >= 0).all()))
         taps, geometry = weight.shape[2], None
@@ -110,6 +108,14 @@ def parts_of(
             float(inside.magnitude.max()), scale, geometry,
         )  # fmt: skip
     return found
+
+
+def require_within_reach(parts: Mapping[str, Part]) -> None:
+    """LtxError where a parameter is beyond the scale of its layer's base sets: Corollary 2.2 says nothing of it."""
+    for name, part in parts.items():
+        largest = max(float(part.layer.weight.abs().max()), float(part.layer.bias.abs().max()))
+        why = f"layer {name}: a parameter of {largest:g} is beyond {part.scale:g}; use scaling=layer_max"
+        check(largest <= part.scale, why)
 
 
 def check(holds: bool, why: str) -> None:

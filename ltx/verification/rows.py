@@ -23,6 +23,7 @@ ROUNDING = 1e-2  # of a claim, beside that of sums in float32:
 NOISE = 2e-3  # of the standard deviation of the target's values,
 FLOAT32 = 16 * 2.0**-23  # and of their root mean square, where they hardly vary;
 OWN = 4.0  # times what float32 really leaves of the layer's values, where that is more: behind opposite rows, say
+UNDERFLOW = 2.0**-63  # the smallest error whose square is a normal float32
 PART = 32  # images at a time
 EXACT = 8  # images by which that is measured, or as many shades of fewer, since each rounds anew
 SHADE = 2.0**-10  # by which one is darker than the one before
@@ -89,7 +90,7 @@ class Rows:
             rms = (spread[claim.layer] / many).mean().sqrt()
             if len(error) and bool(error.max() > 0):
                 self.largest = max(self.largest, float(error.max() / (std if std > FLOAT32 * rms else rms)))
-            bearable = ROUNDING * said_error + NOISE * std + FLOAT32 * rms
+            bearable = ROUNDING * said_error + NOISE * std + FLOAT32 * rms + UNDERFLOW
             wrong = ~((error - said_error).abs() <= bearable)
             if bool(wrong.any()):
                 noise = noise or self._noise(nodes)
