@@ -292,6 +292,15 @@ def test_a_tight_bound_is_of_the_rounded_target(own, batch_norm, ltx, tmp_path):
         assert row["measured"] <= row["certificate"] < row["measured"] + 1e-6
 
 
+@pytest.mark.parametrize("command", ["construct", "eval", "bounds", "tables"])
+def test_folding_without_batch_norm_has_no_meaning(own, command, ltx, tmp_path):
+    """Its ticket would be that of batch_norm=keep, in a folder of another name, and count twice."""
+    status, out, err = ltx(command, "target=digits", f"target.module={own}:large", "batch_norm=fold")
+    assert (status, out) == (1, "")
+    assert "batch_norm=fold has no meaning" in err.strip().splitlines()[-1]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+
+
 def test_how_to_give_the_target_of_a_ticket_is_said(own, ltx, tmp_path):
     given = ["target=digits", "head=construct", "m=20", "scaling=layer_max", "construction=2L"]
     status, out, err = ltx("construct", *given, f"target.module={own}:make")

@@ -52,6 +52,15 @@ def test_a_difference_that_rounds_to_zero_has_one_sign():
     assert "-0.00" not in tables.deep_accuracy_table(alike).markdown
 
 
+def test_targets_within_epsilon_of_zero_have_no_ratio():
+    """All of whose parameters are."""
+    shallow = tables.parameter_table(results(n=3).assign(target_parameters=0, ticket_parameters=0))
+    deep = tables.deep_parameter_table(deep_results(n=3).assign(target_parameters=0, ticket_parameters=0))
+    for table in (shallow, deep):
+        assert "nan" not in table.markdown
+        assert pd.read_csv(io.StringIO(table.csv)).ratio.isna().all()
+
+
 def test_markdown_and_latex_hold_the_same_rows():
     table = tables.accuracy_table(results())
     assert "98.44 ± 0.02" in table.markdown or "98.45 ± 0.02" in table.markdown

@@ -90,9 +90,14 @@ def parameter_table(results: pd.DataFrame) -> Table:
     """Table 2: prunable parameters of targets (above epsilon) and tickets."""
     return _table(
         results, paper_values(2), "target_parameters", "ticket_parameters", "ratio",
-        lambda ticket, target: ticket / target, digits=0, sign="",
+        _ratio, digits=0, sign="",
         title="Table 2. Number of prunable parameters of tickets and their targets.",
     )  # fmt: skip
+
+
+def _ratio(ticket: float, target: float) -> float:
+    """NaN where all of the target's parameters are within epsilon of 0."""
+    return ticket / target if target else math.nan
 
 
 def _table(results, paper, target_column, ticket_column, relation, relate, *, digits, sign, title) -> Table:
@@ -121,7 +126,7 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
         number |= {"target": target, "ticket": mean, "ci95": half, relation: relate(mean, target), "n": len(mine)}
         text["target"] = f"{target:{places}}"
         text["ticket"] = f"{mean:{places}} {PM} {half:{places}}" if len(mine) > 1 else f"{mean:{places}}"
-        text[relation] = f"{relate(mean, target):{sign}.2f}"
+        text[relation] = "–" if math.isnan(number[relation]) else f"{number[relation]:{sign}.2f}"
         text["n"] = str(len(mine))
         numbers.append(number)
         shown.append(text)
@@ -199,12 +204,13 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
             "target": target,
             "mean": mean,
             "ci95": half,
-            "ratio": mean / target,
+            "ratio": _ratio(mean, target),
             "source": source,
             "n": len(mine),
         }
         text |= {
-            "target": f"{target:.0f}", "mean": _pm(mean, half, ".0f"), "ratio": f"{mean / target:.2f}",
+            "target": f"{target:.0f}", "mean": _pm(mean, half, ".0f"),
+            "ratio": f"{mean / target:.2f}" if target else "–",
             "source": "–" if math.isnan(source) else f"{source / 1e6:.0f} million", "n": str(len(mine)),
         }  # fmt: skip
         numbers.append(number)

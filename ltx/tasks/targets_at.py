@@ -127,7 +127,18 @@ def _differences(settings: Settings, said: _Account) -> dict[str, str]:
 
 
 def load(settings: Settings) -> Target:
-    """The target of the settings: target.checkpoint, else `find`; LtxError saying how to train it when absent."""
+    """The target of the settings: target.checkpoint, else `find`.
+
+    Raises:
+        LtxError: it is not there, which says how to train it, or has no batch norm that could be folded.
+    """
+    target = _named(settings)
+    if settings.batch_norm.value == "fold" and not any(node.op == "batch_norm" for node in target.graph.nodes):
+        raise LtxError(f"batch_norm=fold has no meaning: {target.network} has no batch norm; leave it out")
+    return target
+
+
+def _named(settings: Settings) -> Target:
     if settings.target.module:
         return _own(settings, settings.target.module)
     if settings.target.checkpoint:
