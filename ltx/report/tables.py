@@ -123,10 +123,11 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
                 number["paper_ticket"], number["paper_ci95"] = paper_mean, paper_half
                 number[f"paper_{relation}"] = relate(paper_mean, paper_target)
                 text["paper: ticket"] = f"{paper_mean:g} {PM} {paper_half:g}"
-        number |= {"target": target, "ticket": mean, "ci95": half, relation: relate(mean, target), "n": len(mine)}
+        related = relate(mean, target)
+        number |= {"target": target, "ticket": mean, "ci95": half, relation: related, "n": len(mine)}
         text["target"] = f"{target:{places}}"
         text["ticket"] = f"{mean:{places}} {PM} {half:{places}}" if len(mine) > 1 else f"{mean:{places}}"
-        text[relation] = "–" if math.isnan(number[relation]) else f"{number[relation]:{sign}.2f}"
+        text[relation] = "–" if math.isnan(related) else f"{related:{sign}.2f}"
         text["n"] = str(len(mine))
         numbers.append(number)
         shown.append(text)
