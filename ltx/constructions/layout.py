@@ -102,10 +102,9 @@ def _constants(graph: Graph, writers: tuple[str, ...], places: tuple[str, ...]) 
         if best[0] >= PRUNED_ROWS_DO:
             break
     if not best[0]:
-        norms = any(node.op == "batch_norm" for node in graph.nodes)
         raise ConstructionError(
             f"layer {writers[0]}: no slot behind it can be made constant, which the biases behind '{places[0]}' need"
-            + ("; use batch_norm='fold'" if norms else "")
+            + ("; use batch_norm='fold'" if graph.normalised else "")
         )
     return best[1]
 

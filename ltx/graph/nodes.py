@@ -72,6 +72,11 @@ class Graph:
         return {node.name: node.layer for node in self.nodes if node.layer is not None}
 
     @property
+    def normalised(self) -> bool:
+        """Whether there is batch norm that is not folded."""
+        return any(node.op == "batch_norm" for node in self.nodes)
+
+    @property
     def functions(self) -> str:
         """Names of its activations, each once, with commas between; `identity` where there are none."""
         names = dict.fromkeys(node.activation.name for node in self.nodes if node.activation is not None)

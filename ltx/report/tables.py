@@ -187,6 +187,7 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
     numbers, shown = [], []
     for activation, kind, mine, theirs in _deep_rows(results, paper_values(4)):
         target, (mean, half) = float(mine.target_parameters.iloc[0]), interval(mine.ticket_parameters)
+        ratio = _ratio(mean, target)
         source = float(mine.source_parameters.mean()) if kind != "sampled" else math.nan
         row = {"activation": ACTIVATIONS[activation], "ticket": kind if kind == "sampled" else f"explicit {kind}"}
         number: dict[str, str | float] = dict(row)
@@ -205,13 +206,13 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
             "target": target,
             "mean": mean,
             "ci95": half,
-            "ratio": _ratio(mean, target),
+            "ratio": ratio,
             "source": source,
             "n": len(mine),
         }
         text |= {
             "target": f"{target:.0f}", "mean": _pm(mean, half, ".0f"),
-            "ratio": f"{mean / target:.2f}" if target else "–",
+            "ratio": "–" if math.isnan(ratio) else f"{ratio:.2f}",
             "source": "–" if math.isnan(source) else f"{source / 1e6:.0f} million", "n": str(len(mine)),
         }  # fmt: skip
         numbers.append(number)

@@ -135,13 +135,14 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, graph
     values, which = apart.max(0)
     over = (values > bound).nonzero().flatten()
     if len(over):
-        network, exact = ticket.to_module(device="cpu").double(), torch.empty(len(over), dtype=torch.float64)
-        for part in torch.arange(len(over)).split(IN_FLOAT64):
-            x, output = images[which[over[part]].to(images.device)].double().cpu(), over[part, None]
+        network, parts = ticket.to_module(device="cpu").double(), []
+        for output in over.split(IN_FLOAT64):
+            x = images[which[output].to(images.device)].double().cpu()
             *_, (_, theirs) = run_graph(graph, x)
-            ours, theirs = (found.flatten(1).gather(1, output)[:, 0] for found in (network(x), theirs))
+            ours, theirs = (found.gather(1, output[:, None])[:, 0] for found in (network(x), theirs))
             off, rounding = (ours - theirs).abs(), FLOAT64 * torch.maximum(ours.abs(), theirs.abs())
-            exact[part] = torch.where(off <= bound[over[part]] + rounding, off.minimum(bound[over[part]]), off)
+            parts.append(torch.where(off <= bound[output] + rounding, off.minimum(bound[output]), off))
+        exact = torch.cat(parts)
         log.info(
             "in float32, which rounds, %d outputs are off by more than is proven (output %d by %.3g): measured in "
             "float64 instead, at most %.3g", len(over), over[0], values[over[0]], exact.max(),

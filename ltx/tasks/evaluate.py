@@ -108,8 +108,7 @@ def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str
         log.info("%s is not there: the result says less of how the ticket was made, and tables leave it out", built)
     constructed = {layer.target for layer in ticket.layers}
     operations = {node.op for node in ticket.graph}
-    normalised = any(node.op == "batch_norm" for node in target.graph.nodes)
-    folded = normalised and "batch_norm" not in operations
+    folded = target.graph.normalised and "batch_norm" not in operations
     graph = fold_batch_norm(target.graph) if folded else target.graph
     about = {
         "kind": "explicit", "input_range": [ticket.input_low, ticket.input_high], "construction": ticket.construction,

@@ -133,7 +133,7 @@ def load(settings: Settings) -> Target:
         LtxError: it is not there, which says how to train it, or has no batch norm that could be folded.
     """
     target = _named(settings)
-    if settings.batch_norm.value == "fold" and not any(node.op == "batch_norm" for node in target.graph.nodes):
+    if settings.batch_norm.value == "fold" and not target.graph.normalised:
         raise LtxError(f"batch_norm=fold has no meaning: {target.network} has no batch norm; leave it out")
     return target
 
