@@ -329,3 +329,10 @@ def test_a_layer_that_nothing_reads():
 def test_the_figure_without_anything_above_zero():
     figure = report.figure([{"deviation": 0.0, "span": 0.0, "measured": None}], "a layer that is zero")
     assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_the_figure_of_one_activation_counts_it():
+    figure = report.figure([{"deviation": 0.1, "span": 1.0, "measured": 0.01}], "one hidden layer")
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_xlim()
+    assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [1]

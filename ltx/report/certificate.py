@@ -24,10 +24,14 @@ def figure(nodes: Sequence[dict], about: str) -> Figure:
         axes.plot(positions, [n["deviation"] for n in nodes], color=RED, marker="o", ms=3, label="proven")
         axes.plot(positions, [n["measured"] if n["measured"] else float("nan") for n in nodes], color=BLUE, marker="s",
                   ms=3, label="largest on test images")  # fmt: skip
-        axes.plot(positions, [n["span"] for n in nodes], color=GREY, ls=":", label="range of the channel")
+        alone = len(nodes) == 1  # a point is no line, and has no width
+        axes.plot(positions, [n["span"] for n in nodes], color=GREY, ls=":", marker="_" if alone else "",
+                  label="range of the channel")  # fmt: skip
+        if alone:
+            axes.set_xlim(0.5, 1.5)
         if any(max(n["deviation"], n["span"]) > 0 for n in nodes):
             axes.set_yscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("activation, from the first to the last")
         axes.set_ylabel("largest deviation of a slot")
         axes.set_title(about, loc="left")
