@@ -14,8 +14,10 @@ import itertools
 import os
 import re
 import sys
+import traceback
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 
 from ltx.errors import LtxError
 from ltx.help import FILE, SETTINGS, SUMS, command_help, override
@@ -41,6 +43,7 @@ _FLAGS_WITH_VALUE = (
 _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
 LOWER = {"train-target": "lower target.batch_size, or use device=cpu"}  # what to do when memory has run out
 LOWER_ELSEWHERE = "lower m, give a larger epsilon, or use device=cpu"
+SEE_HELP = "ltx COMMAND --help lists the settings"
 INTERRUPTED = 130  # the exit status, as of a shell
 
 
@@ -61,7 +64,7 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
-    if arguments[0] == "--version":
+    if "--version" in arguments:  # of ltx, where Hydra would give its own
         from ltx import __version__
 
         print(f"ltx {__version__}")
@@ -154,8 +157,10 @@ def _hydra(command: str, overrides: list[str]) -> int:
 
     config.register()
     failures: list[str] = []
+    jobs = itertools.count()
 
     def job(cfg: DictConfig) -> None:
+        next(jobs)
         try:
             task = importlib.import_module(f"ltx.tasks.{COMMANDS[command][0]}")
             settings = config.settings_from(cfg)
@@ -186,6 +191,10 @@ def _hydra(command: str, overrides: list[str]) -> int:
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (LtxError, HydraException, OmegaConfBaseException) as error:
         return _fail(_line(error))
+    except ValueError as error:
+        if not _raised_in(hydra, error):
+            raise
+        return _fail(f"{_line(error)}; {SEE_HELP}")
     except OSError as error:  # Hydra's own folder of a sweep
         return _fail(_os_error(error))
     except SystemExit as done:  # --help, --cfg, and what argparse refuses
@@ -197,7 +206,16 @@ def _hydra(command: str, overrides: list[str]) -> int:
         sys.argv = argv
         if full_error is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+    elsewhere = any(override.startswith("hydra/launcher=") for override in overrides)
+    if {"--multirun", "-m"} & set(overrides) and not elsewhere and next(jobs) == 0:
+        return _fail("the sweep has no combination of settings: one of its lists of values is empty, as range(0) is")
     return 1 if failures else 0
+
+
+def _raised_in(package: ModuleType, error: BaseException) -> bool:
+    """Whether it is code of that package that has raised an exception, not what it calls."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(str(package.__file__)).parent in Path(frames[-1].filename).parents
 
 
 def _lazy_help() -> AbstractContextManager[object]:
@@ -220,7 +238,7 @@ def _line(error: BaseException) -> str:
     line = " ".join(kept) or type(error).__name__
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {line}; settings are KEY=VALUE, with quotes around a VALUE of special characters"
-    return line + ("; ltx COMMAND --help lists the settings" if isinstance(cause, ConfigAttributeError) else "")
+    return line + (f"; {SEE_HELP}" if isinstance(cause, ConfigAttributeError) else "")
 
 
 def _os_error(error: OSError) -> str:

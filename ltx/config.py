@@ -72,7 +72,10 @@ class TargetSettings:
         _require(
             0 <= self.weight_decay < math.inf, f"target.weight_decay={self.weight_decay}: must be a number, at least 0"
         )
-        _require(self.bound is None or self.bound > 0, f"target.bound={self.bound}: must be positive or null")
+        _require(
+            self.bound is None or 0 < self.bound < 1e38,  # what float32 holds
+            f"target.bound={self.bound}: must be a positive number below 1e38, or null for none",
+        )
         _require(0 <= self.crop <= 16, f"target.crop={self.crop}: must lie between 0 and 16")
         _require(0 <= self.seed < 2**32, f"target.seed={self.seed}: must lie between 0 and 2**32 - 1")
 
@@ -204,6 +207,12 @@ class Settings:
         _require(
             self.selection.value != "feedback" or self.construction.value != "sampled",
             "selection=feedback has no meaning with construction=sampled: no ticket is built; use L+1 or 2L",
+        )
+        bound = self.feedback.bound
+        _require(
+            bound is None or bound >= self.epsilon,
+            f"feedback.bound={bound} is below epsilon={self.epsilon}, up to which parameters are left out: lower "
+            "epsilon, too, or raise the bound",
         )
         _require(
             self.construction.value != "sampled" or self.pair == PairSettings(),

@@ -9,6 +9,10 @@ class ConstructionError(LtxError):
     """A ticket cannot be constructed with these settings (no subset within epsilon, unsupported module)."""
 
 
+class UnsolvedError(ConstructionError):
+    """The source has run out of rows: the ticket is not there for this seed, m and epsilon."""
+
+
 class CheckpointError(LtxError):
     """A target or ticket file is missing, damaged, or belongs to something else."""
 

@@ -41,21 +41,35 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise LtxError(f"cannot write {path}: {reason}; choose another place with output_dir=DIR") from error
+        raise _cannot_write(path, error) from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
 
 
 def require_writable(folder: Path) -> None:
-    """LtxError where nothing can be written to `folder`, before long work is done for it."""
-    with contextlib.suppress(_Written), replacing(Path(folder) / "result"):
-        raise _Written
+    """LtxError where nothing can be written to `folder`, before long work is done for it; makes no folder itself."""
+    folder = Path(folder).absolute()
+    try:
+        there = next(path for path in (folder, *folder.parents) if _exists(path))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
 
 
-class _Written(Exception):
-    """Leaves `replacing` before anything takes its name."""
+def _exists(path: Path) -> bool:
+    """Whether there is anything of that name; OSError where there cannot be."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _cannot_write(path: Path, error: OSError) -> LtxError:
+    reason = error.strerror or str(error).splitlines()[0]
+    return LtxError(f"cannot write {path}: {reason}; choose another place with output_dir=DIR")
 
 
 def write_text(path: Path, text: str) -> None:

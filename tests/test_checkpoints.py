@@ -5,6 +5,7 @@ import torch
 
 from ltx.activations import ACTIVATIONS
 from ltx.errors import CheckpointError, LtxError
+from ltx.files import require_writable
 from ltx.graph import trace
 from ltx.targets import build, load_into, pack, prunable, read_checkpoint, resnet22, save_target
 
@@ -140,6 +141,17 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
     with pytest.raises(LtxError, match=r"cannot write .*No space left.*output_dir"):
         save_target(tmp_path / "a.safetensors", fresh(), {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["a/b", "c" * 300 + "/b", "file/b"])
+def test_asking_whether_a_folder_can_be_written_makes_none(tmp_path, folder):
+    (tmp_path / "file").touch()
+    if folder == "a/b":
+        require_writable(tmp_path / folder)
+    else:
+        with pytest.raises(LtxError, match=r"cannot write .*: (File name too long|Not a directory); choose another"):
+            require_writable(tmp_path / folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_unknown_network():

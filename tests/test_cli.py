@@ -28,6 +28,7 @@ def test_help_is_quick_and_lists_the_commands():
 
 def test_version(ltx):
     assert ltx("--version")[:2] == (0, "ltx 0.1.0\n")
+    assert ltx("construct", "m=3", "--version")[:2] == (0, "ltx 0.1.0\n")
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
@@ -156,7 +157,15 @@ def test_multirun_goes_on_after_a_failure_and_says_so(outputs, ltx):
     status, out, err = ltx("construct", "--multirun", *SMOKE, "m=2,15", "epsilon=0.01", "seed=3", output_dir=outputs)
     assert status == 1
     assert len(out.splitlines()) == 1
-    assert "no such subset among 2 values" in one_line("\n".join(e for e in err.splitlines() if e.startswith("ltx:")))
+    assert "% of them have no such subset among 2 values" in one_line(
+        "\n".join(e for e in err.splitlines() if e.startswith("ltx:"))
+    )
+
+
+def test_a_sweep_without_values_is_not_done(ltx):
+    status, out, err = ltx("construct", "--multirun", *SMOKE, "seed=range(3,0)")
+    assert (status, out) == (1, "")
+    assert "one of its lists of values is empty" in one_line(err)
 
 
 def test_a_given_checkpoint(outputs, ltx, tmp_path):

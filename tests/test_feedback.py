@@ -213,6 +213,20 @@ def test_rows_that_are_much_worse_than_others_are_given_up(construction):
     assert verify(kept, trace(model), shown).ok
 
 
+def test_rows_that_are_never_given_up_for_their_error():
+    """Also where a channel has no parameters, whose rows have an error of 0, and a limit is beyond float32."""
+    model, shown = small_cnn("relu"), images(32)
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 0
+    never, hardly_ever = (
+        construct(
+            model, base_set_size=10, selection="feedback", calibration=shown, feedback=replace(FEW, reject=reject)
+        )
+        for reject in (None, 1e300)
+    )
+    assert all(torch.equal(never.masks[name], hardly_ever.masks[name]) for name in never.masks)
+
+
 @both
 def test_with_a_bound_every_parameter_is_within_it(construction):
     model, shown = small_resnet(), images(64, 8)

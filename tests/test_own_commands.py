@@ -142,6 +142,7 @@ def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
         ("target.module=OWN:attention", "ltx: "),
         ("target.module=OWN:leaves", "OWN:leaves: SystemExit: 0"),
         ("target.module=OWN:attention_behind_a_mean", "module 'attention' (MultiheadAttention): not supported"),
+        ("target.module=torch.nn:ReLU", "ends with 'relu', which is no linear layer, so that there is no head to keep"),
         ("target.module=OWN:empty", "module '1' (Linear): has no values, it lies on the device 'meta'"),
     ],
 )

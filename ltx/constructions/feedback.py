@@ -219,7 +219,7 @@ class FeedbackSolver:
             mine = self._tried[0, self._tried[1] == kind]
             if len(mine) >= ENOUGH:
                 typical[kind] = mine.median()
-        return errors <= limit * typical[kinds]
+        return errors.double() <= limit * typical[kinds].double()  # beyond float32, limit * 0 would be no number
 
     def _inputs(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Values (n, U, ...) of columns, and where a column is among them."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ltx.constructions.feedback import FeedbackSolver
 from ltx.constructions.rows import BaseSets, Problems, RowSolver
-from ltx.errors import ConstructionError
+from ltx.errors import UnsolvedError
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
@@ -126,7 +126,7 @@ class Stream:
         """Live slots of each of `channels`, (len(channels), copies), and so many constant ones, (constants,).
 
         Raises:
-            ConstructionError: a channel has used up MAX_ROWS_PER_SLOT rows for each slot, or is next to certain to do
+            UnsolvedError: a channel has used up MAX_ROWS_PER_SLOT rows for each slot, or is next to certain to do
                 so, naming layer and channel and what failed.
         """
         kinds = torch.cat([channels, torch.full((int(constants > 0),), CONSTANT)])
@@ -168,7 +168,7 @@ class Stream:
         """Whether some slot will next to certainly use up all rows that it may try."""
         return bool((MAX_ROWS_PER_SLOT * self._log_chance(behind, kinds).sum(0).exp() < HOPELESS_BELOW).any())
 
-    def _error(self, behind: Sequence[str], kinds: Tensor, attempts: int) -> ConstructionError:
+    def _error(self, behind: Sequence[str], kinds: Tensor, attempts: int) -> UnsolvedError:
         chance = self._log_chance(behind, kinds)
         hardest = int(chance.sum(0).argmin())
         kind = int(kinds[hardest])
@@ -179,10 +179,10 @@ class Stream:
         what = "constant channel" if kind == CONSTANT else f"channel {kind}"
         free = math.isinf(writer.within)  # feedback without a bound
         within = "" if free else f" within {writer.within:g}"
-        return ConstructionError(
+        return UnsolvedError(
             f"layer {layer.target or layer.name}, {what}: none of {attempts} source rows solves all of its "
-            f"{len(problems)} subset-sum problems{within}, because {share:.2g} of them have no such subset among "
-            f"{writer.bases.columns.shape[1]} values; raise m"
+            f"{len(problems)} subset-sum problems{within}, because {100 * share:.3g} % of them have no such subset "
+            f"among {writer.bases.columns.shape[1]} values; raise m"
             + ("" if free else " or epsilon")
             + (", or use construction=L+1" if layer.role == "pair" and layer.index > 1 else "")
             + (", or use scaling=layer_max" if _beyond(problems, writer.bases, layer) else "")

@@ -15,7 +15,7 @@ from ltx import paths
 from ltx.config import Settings
 from ltx.constructions import Statistics, construct
 from ltx.constructions.sampled import sampled
-from ltx.errors import CheckpointError, ConstructionError, LtxError
+from ltx.errors import CheckpointError, LtxError, UnsolvedError
 from ltx.files import require_writable, write_json, write_tensors
 from ltx.targets import read_checkpoint
 from ltx.tasks import calibration, provenance, targets_at
@@ -61,7 +61,7 @@ def run(settings: Settings) -> Path:
             input_range=target.input_range, device=device, on_statistics=statistics.append,
             on_layer=partial(_advance, bar), **feedback,
         )  # fmt: skip
-    except ConstructionError as error:
+    except UnsolvedError as error:
         # tables say which tickets there are none of
         about = {
             "data": target.data, "input_range": list(target.input_range), "activation": target.activation,
@@ -94,10 +94,11 @@ def run(settings: Settings) -> Path:
     ticket.save(path)
     log.info(
         "%s, %s, seed %d: %d parameters of %d in the source; %d subset-sum problems (%.2f %% without a subset), "
-        "%.1f %% of the rows given up; %.2f s, %.1f us a problem",
+        "%.1f %% of the rows given up; %.2f s%s",
         target.activation, settings.construction.value, settings.seed, ticket.parameters,
         ticket.source_parameters, made.problems, 100 * made.failures / max(made.problems, 1),
-        100 * made.given_up / max(made.rows, 1), seconds, 1e6 * seconds / max(made.problems, 1),
+        100 * made.given_up / max(made.rows, 1), seconds,
+        f", {1e6 * seconds / made.problems:.1f} us a problem" if made.problems else "",
     )  # fmt: skip
     return path
 
