@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ltx.defaults import usual_defaults
+
 RATE = 0.2  # longest step of an element, as a share of its range; it falls to 0
 FIRST, SECOND = 0.9, 0.99  # Adam's averages
 
@@ -25,6 +27,7 @@ class Adversary:
         return float(self.deviations.max())
 
 
+@usual_defaults()
 def ascend(
     ticket: nn.Module, target: nn.Module, starts: Tensor, low: Tensor, high: Tensor, *, steps: int = 300,
     batch_size: int = 50, on_batch: Callable[[int], object] = lambda _: None,

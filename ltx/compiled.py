@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numba
+import torch
 
 log = logging.getLogger(__name__)
+MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
@@ -17,19 +19,39 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
 
     Code is kept beside the module, else in the user's cache, or in the folder that NUMBA_CACHE_DIR names. Where none
     can be written (an installation of root's, run by a user without a home), every process compiles it again.
+
+    With `parallel` it runs in as many threads as PyTorch (`torch.set_num_threads`, OMP_NUM_THREADS), at most one for
+    each processor, and is called from Python alone.
     """
 
     def decorate(function: Callable) -> Any:
         try:
-            return numba.njit(cache=True, **options)(function)
+            made = numba.njit(cache=True, **options)(function)
         except RuntimeError:  # numba's, at the decoration
             _say_so()
-            return numba.njit(**options)(function)
+            made = numba.njit(**options)(function)
+        return _in_threads(made) if options.get("parallel") else made
 
     return decorate
 
 
-@cache
+def _in_threads(function: Callable) -> Callable:
+    """Both share OpenMP's threads, and what one sets holds for the other."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, MOST_THREADS))
+        try:
+            return function(*arguments)
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+    return run
+
+
+@functools.cache
 def _say_so() -> None:
     log.warning(
         "there is no folder to keep compiled code in, so that every run compiles it again (half a minute): let "

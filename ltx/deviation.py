@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ltx.defaults import usual_defaults
 from ltx.graph import Graph, run
 from ltx.network import TicketNetwork
 from ltx.ticket import Ticket
@@ -30,6 +31,7 @@ class Deviation:
     gain: float | None  # deviation / that of the activation before; None for the first
 
 
+@usual_defaults()
 def ticket_deviations(
     ticket: Ticket, target: Graph, images: Tensor, *, network: TicketNetwork | None = None
 ) -> list[Deviation]:
@@ -62,6 +64,7 @@ def ticket_deviations(
     return result
 
 
+@usual_defaults()
 def sampled_deviations(changed: Graph, target: Graph, images: Tensor) -> list[Deviation]:
     """Deviations of a target with sampled errors, whose channels are its slots."""
     result: list[Deviation] = []

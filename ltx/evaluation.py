@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx.data import Split
+from ltx.defaults import usual_defaults
 from ltx.memory import keep_freed_memory
 
 
@@ -23,6 +24,7 @@ class Comparison:
     max_deviation: float  # largest |f_t(x) - f_eps(x)| over images and outputs
 
 
+@usual_defaults()
 def compare(theirs: Tensor, ticket: nn.Module, split: Split) -> Comparison:
     """Run a ticket on all images of a split, on their device, beside the target's `outputs` for them."""
     small = 32 if split.images.device.type == "cpu" else 500  # a ticket is wide: keep its tensors in the cache
@@ -33,6 +35,7 @@ def compare(theirs: Tensor, ticket: nn.Module, split: Split) -> Comparison:
     )  # fmt: skip
 
 
+@usual_defaults()
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
     """The model's outputs in eval mode and float32, (N, classes), on the images' device."""

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 
 from ltx import operations, source
 from ltx.activations import FAMILIES, Activation, from_attributes
+from ltx.defaults import usual_defaults
 from ltx.errors import LtxError
 from ltx.files import replacing
 from ltx.source import SourceLayer
@@ -19,6 +20,7 @@ from ltx.ticket import Ticket, TicketNode
 HELD = 1 << 22  # parameters that are drawn at a time
 
 
+@usual_defaults()
 def masked_network(ticket: Ticket) -> fx.GraphModule:
     """The source network of standard modules, pruned by `torch.nn.utils.prune`: `weight_orig` and `weight_mask`.
 
@@ -44,6 +46,7 @@ def masked_network(ticket: Ticket) -> fx.GraphModule:
     return network.eval()
 
 
+@usual_defaults()
 def state_dict(ticket: Ticket) -> dict[str, Tensor]:
     """The source's parameters, dense, and their masks of 0 and 1 under Synaptic-Flow's names.
 
@@ -57,6 +60,7 @@ def state_dict(ticket: Ticket) -> dict[str, Tensor]:
     return found | {f"given.{name}": tensor for name, tensor in ticket.given.items()}
 
 
+@usual_defaults()
 def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
     """Write the ticket as ONNX, for images (N, C, H, W) of that shape, any N; only the channels that are read.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx import source
+from ltx.defaults import usual_defaults
 from ltx.errors import CheckpointError, LtxError
 from ltx.feedback import Feedback
 from ltx.files import read_tensors, write_tensors
@@ -103,6 +104,7 @@ class Ticket:
         offsets = mask - rows * layer.row_size
         return rows, offsets, source.weights(layer, self.seed, rows, offsets)
 
+    @usual_defaults()
     def weight(self, name: str) -> Tensor:
         """The masked weight of a source layer, dense, (C_out, C_in, kernel...), float32."""
         layer = self.layer(name)
@@ -110,6 +112,7 @@ class Ticket:
         dense[self.masks[name]] = self.kept(name)[2]
         return dense.view(layer.shape)
 
+    @usual_defaults()
     def bias(self, name: str) -> Tensor:
         """The masked bias of a source layer, (C_out,), float32; zeros where the source has none."""
         layer = self.layer(name)
@@ -146,6 +149,7 @@ class Ticket:
                 labels[node.name] = labels[node.inputs[0]] if node.inputs else None
         return labels
 
+    @usual_defaults()
     def to_module(self, *, device: str = "cpu") -> TicketNetwork:
         """The ticket as an nn.Module that needs nothing of the target's code."""
         from ltx.network import TicketNetwork
@@ -169,6 +173,7 @@ class Ticket:
         write_tensors(path, tensors, metadata)
 
     @classmethod
+    @usual_defaults()
     def load(cls, path: Path) -> Ticket:
         """Read a ticket file.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ltx import synflow
 from ltx.data import Split
+from ltx.defaults import usual_defaults
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import accuracy
 from ltx.files import read_tensors, write_tensors
@@ -60,6 +61,7 @@ def fast_bf16(device: str) -> bool:
 SAVE_EVERY = 20.0  # seconds; a checkpoint is written at the end of the first epoch behind them
 
 
+@usual_defaults()
 def train(
     model: nn.Module,
     data: Split,

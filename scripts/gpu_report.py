@@ -30,7 +30,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
 import torch
 import training_speed  # beside this file
 
@@ -72,6 +71,7 @@ def tests(_: str) -> dict:
 
 def solver(device: str) -> dict:
     found = {}
+    threads = torch.get_num_threads()
     for selection, many in (("smallest", 1 << 24), ("best", 1 << 20)):
         values, theta = draw("uniform", 15, 0, many if device == "cuda" else 1 << 16, seed=0, device=device)
         seconds, answer = [], None
@@ -83,7 +83,7 @@ def solver(device: str) -> dict:
             seconds.append(time.perf_counter() - begin)
         assert answer is not None
         some = slice(0, 1 << 18)
-        numba.set_num_threads(2)
+        torch.set_num_threads(2)
         for _ in range(2):  # the first compiles
             begin = time.perf_counter()
             expected = subset_sum.solve(values[some].cpu(), theta[some].cpu(), 0.01, selection=selection)
@@ -93,7 +93,7 @@ def solver(device: str) -> dict:
             "same_as_cpu": bool((torch.as_tensor(answer.mask)[some].cpu() == torch.as_tensor(expected.mask)).all()),
             "two_cores_per_second": len(expected.mask) / cpu,
         }  # fmt: skip
-        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+        torch.set_num_threads(threads)
     return found
 
 

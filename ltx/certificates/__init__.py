@@ -32,6 +32,7 @@ from torch import Tensor
 from ltx.certificates.backwards import Backwards
 from ltx.certificates.forwards import Forwards, NodeBound
 from ltx.certificates.tightened import tightened
+from ltx.defaults import usual_defaults
 from ltx.errors import LtxError
 from ltx.graph import Graph, fold_batch_norm
 from ltx.intervals import Interval
@@ -55,6 +56,7 @@ class Certificate:
         return float(self.bound.max())
 
 
+@usual_defaults()
 @torch.no_grad()
 def certify(ticket: Ticket, target: Graph, low: Tensor, high: Tensor, *, sharp: bool = True) -> Certificate:
     """Bound the deviation of a ticket's outputs over all images between `low` and `high`.

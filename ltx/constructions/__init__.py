@@ -17,6 +17,7 @@ from ltx.constructions.layout import constant_value, layout
 from ltx.constructions.streams import Stream
 from ltx.constructions.strides import STRIDES
 from ltx.constructions.two_for_one import pair_activation, two_for_one
+from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError
 from ltx.feedback import Feedback
 from ltx.graph import Graph, Node, fold_batch_norm, trace
@@ -39,6 +40,7 @@ class Statistics:
     given_up: int  # how many of them, for a failure or, with feedback, for an error that is not usual
 
 
+@usual_defaults()
 def construct(
     model: nn.Module | Graph,
     *,

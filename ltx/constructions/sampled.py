@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ltx.checks import seed_of
 from ltx.constructions.two_for_one import pair_activation, pair_law
+from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError
 from ltx.graph import above, trace
 from ltx.subset_sum import sample
@@ -33,6 +34,7 @@ class Sampled:
     target_parameters: int  # above epsilon, of the layers that were changed
 
 
+@usual_defaults()
 def sampled(
     model: nn.Module, *, base_set_size: int = 15, epsilon: float = 0.01, seed: int = 0, selection: str = "smallest",
     input_range: tuple[float, float] = (-1.0, 1.0), head: str = "construct",

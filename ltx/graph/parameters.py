@@ -107,7 +107,7 @@ def _masked(module: nn.Module, part: str) -> Tensor:
 def _in_force(module: nn.Module, part: str) -> Tensor:
     tensor = _masked(module, part)
     # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
-    return tensor.detach().float().cpu().contiguous() + 0.0
+    return tensor.detach().float().cpu().clone(memory_format=torch.contiguous_format) + 0.0
 
 
 def pair(value) -> tuple[int, int]:

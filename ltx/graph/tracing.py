@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from ltx.activations import FAMILIES, Activation, Family
+from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError, LtxError
 from ltx.evaluation import eval_mode
 from ltx.graph.concatenation import CONCATENATION, take_apart
@@ -44,6 +45,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
+@usual_defaults()
 def trace(model: nn.Module) -> Graph:
     """The graph of `model` in eval mode; concatenations are taken apart.
 

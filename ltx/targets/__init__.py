@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ltx.activations import activation as activation_named
+from ltx.defaults import usual_defaults
 from ltx.errors import LtxError
 from ltx.targets.checkpoints import Checkpoint, load_into, pack, read_checkpoint, save_target
 from ltx.targets.masked import MaskedConv2d, MaskedLinear, prunable
@@ -17,6 +18,7 @@ from ltx.targets.resnet import resnet22
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"mnist_cnn": mnist_cnn, "resnet22": resnet22}
 
 
+@usual_defaults()
 def build(network: str, activation: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """A fresh target network; LtxError when `network` or `activation` is not registered."""
     if network not in NETWORKS:

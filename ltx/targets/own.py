@@ -8,6 +8,7 @@ import sys
 
 from torch import nn
 
+from ltx.defaults import kept_defaults
 from ltx.errors import CheckpointError, LtxError
 from ltx.targets.checkpoints import Checkpoint, require_layout
 
@@ -24,10 +25,11 @@ def imported(name: str) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        make = importlib.import_module(module)
-        for part in factory.split("."):
-            make = getattr(make, part)
-        made = make()  # type: ignore[operator]
+        with kept_defaults():
+            make = importlib.import_module(module)
+            for part in factory.split("."):
+                make = getattr(make, part)
+            made = make()  # type: ignore[operator]
     except (Exception, SystemExit) as error:  # of the user's code: of any kind
         reason = (str(error).splitlines() or [""])[0]
         raise LtxError(f"target.module={name}: {type(error).__name__}: {reason}") from error

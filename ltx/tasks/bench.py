@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -125,7 +124,7 @@ def _growth(table: pd.DataFrame, selection: str, m: int) -> float | None:
 def _machine(on_gpu: bool) -> dict:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
-        "processor": provenance.here()["processor"], "cores": os.cpu_count(), "threads": numba.get_num_threads(),
+        "processor": provenance.here()["processor"], "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "memory_gib": round(memory / 2**30), "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         **{name: _version(name) for name in ("numba", "numpy", "ortools", "triton")},

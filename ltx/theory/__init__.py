@@ -42,6 +42,7 @@ import math
 from dataclasses import dataclass
 
 from ltx.constructions.layout import IMAGE, layout
+from ltx.defaults import usual_defaults
 from ltx.graph import Graph
 from ltx.subset_sum.limits import PRODUCT, UNIFORM
 from ltx.theory.errors import budgets, ticket_error
@@ -99,6 +100,7 @@ class Guarantee:
         return min((layer.epsilon for layer in self.layers), default=math.inf)
 
 
+@usual_defaults()
 def guarantee(
     graph: Graph, error: float, delta: float, *, construction: str, input_range: tuple[float, float] = (-1.0, 1.0),
     head: str = "keep", scaling: str = "unit", form: str = "norms", uniform: float = UNIFORM, product: float = PRODUCT,
@@ -165,6 +167,7 @@ def guarantee(
     return Guarantee(construction, error, delta, tuple(layers))
 
 
+@usual_defaults()
 def failure_probability(
     graph: Graph, base_set_size: int, epsilon: float, *, construction: str,
     input_range: tuple[float, float] = (-1.0, 1.0), head: str = "keep", scaling: str = "unit",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError, LtxError
 from ltx.graph import Graph, fold_batch_norm, trace
 from ltx.ticket import Ticket
@@ -37,6 +38,7 @@ class Verification:
         return not self.violations
 
 
+@usual_defaults()
 def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration: Tensor | None = None) -> Verification:
     """Verify a ticket, against its source alone or with its target too.
 

@@ -1,0 +1,128 @@
+"""What is set for all of PyTorch, or of the processor's threads, changes no result and is left as it was."""
+
+import contextlib
+
+import numba
+import numpy as np
+import pytest
+import torch
+from conftest import small_cnn
+from torch import nn
+
+import ltx
+from ltx import adversary, certificates, data, export, subset_sum, targets, training
+from ltx.compiled import MOST_THREADS
+from ltx.graph import trace
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+SETTINGS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "device": lambda: default_device("meta"),  # on which nothing has a value
+    "with device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+def made(model, images, path):
+    """Tickets, and what is measured of them."""
+    found = {}
+    by_feedback = {"selection": "feedback", "calibration": images}
+    for construction, more in (("2L", {}), ("L+1", {}), ("L+1", by_feedback)):
+        ticket = ltx.construct(
+            model, construction=construction, base_set_size=12, epsilon=0.02, seed=1, head="construct",
+            input_range=(0.0, 1.0), **more,
+        )  # fmt: skip
+        assert ltx.verify(ticket, model, more.get("calibration")).ok
+        ticket.save(path)
+        found[construction, bool(more)] = path.read_bytes()
+        ticket = ltx.Ticket.load(path)
+        assert {tensor.dtype for tensor in export.state_dict(ticket).values()} == {torch.float32}
+        assert {p.dtype for p in export.masked_network(ticket).parameters()} == {torch.float32}
+        network = ticket.to_module()
+    low, high = torch.zeros_like(images[0]), torch.ones_like(images[0])
+    found["certificate"] = certificates.certify(ticket, trace(model), low, high).largest
+    found["ascent"] = adversary.ascend(network, model, images[:2], low, high, steps=2).largest
+    network = targets.build("mnist_cnn", "relu", shape=(1, 6, 6), classes=3)
+    labels = torch.arange(len(images), device="cpu") % 3
+    split, protocol = data.Split(images, labels), training.Protocol(rounds=1, epochs=1, batch_size=8)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    training.train(network, split, split, protocol, 0.5, seed=0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    torch.manual_seed(0)
+    model, images = small_cnn("tanh"), torch.rand(16, 1, 6, 6)
+    return model, images, made(model, images, tmp_path_factory.mktemp("usual") / "ticket.safetensors")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_results_do_not_depend_on_what_is_set_for_all_of_pytorch(setting, usual, tmp_path):
+    model, images, expected = usual
+    with SETTINGS[setting]():
+        before = (
+            torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+        )  # fmt: skip
+        found = made(model, images, tmp_path / "ticket.safetensors")
+        after = (
+            torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+        )  # fmt: skip
+    assert found == expected
+    assert after == before
+
+
+def test_parameters_are_held_in_one_layout():
+    """Convolutions round differently in another one, which decides ties of feedback."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
+    assert model[0].weight.stride() == (9, 1, 3, 1)
+    assert [layer.weight.stride() for layer in trace(model).layers.values()] == [(9, 9, 3, 1), (36, 9, 3, 1)]
+
+
+def test_what_a_network_of_ones_own_sets_is_taken_back(tmp_path, monkeypatch):
+    (tmp_path / "setting_defaults.py").write_text(
+        "import torch\n"
+        "network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "torch.set_default_dtype(torch.float64), torch.set_default_device('meta'), torch.set_grad_enabled(False)\n"
+        "def make(): return network\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    targets.imported("setting_defaults:make")
+    assert (torch.get_default_dtype(), str(torch.get_default_device())) == (torch.float32, "cpu")
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 2 * MOST_THREADS])
+def test_kernels_run_in_as_many_threads_as_pytorch_and_leave_it_its_own(threads):
+    values = np.random.default_rng(0).uniform(-1, 1, (100, 8))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        subset_sum.solve(values, values[:, 0], 0.01)
+        assert torch.get_num_threads() == threads
+        assert numba.get_num_threads() == min(threads, MOST_THREADS)
+    finally:
+        torch.set_num_threads(before)
