@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ltx.defaults import usual_defaults
+from ltx.evaluation import eval_mode
 
 RATE = 0.2  # longest step of an element, as a share of its range; it falls to 0
 FIRST, SECOND = 0.9, 0.99  # Adam's averages
@@ -34,29 +36,43 @@ def ascend(
 ) -> Adversary:  # fmt: skip
     """Maximise the deviation of one output over the images between `low` and `high`, by Adam, clipped to the box.
 
-    Start n is after output n // 2 (modulo the outputs), above the target where n is even, below it where n is odd.
+    Start n is after output n // 2 (modulo the outputs), above the target where n is even, below it where n is odd. Both
+    networks are run in eval mode, and left as they are.
 
     Args:
         starts: (starts, C, H, W), clipped to the box.
         low, high: (C, H, W).
         on_batch: called with the number of starts that were gone through.
     """
-    ticket, target = (network.eval().requires_grad_(False) for network in (ticket, target))
 
     def apart(x: Tensor) -> Tensor:
         return ticket(x) - target(x)
 
-    with torch.no_grad():
-        many = apart(starts[:1]).shape[1]
-    order = torch.arange(len(starts), device=starts.device)
-    output, sign = order // 2 % many, 1 - 2 * (order % 2)
-    values, images = torch.zeros(len(starts), device=starts.device), torch.empty_like(starts)
-    for n in order.split(batch_size):
-        values[n], images[n] = _climb(
-            lambda x, n=n: apart(x).gather(1, output[n, None])[:, 0] * sign[n], starts[n], low, high, steps
-        )
-        on_batch(len(n))
+    with eval_mode(ticket), eval_mode(target), _constant(ticket), _constant(target):
+        with torch.no_grad():
+            many = apart(starts[:1]).shape[1]
+        order = torch.arange(len(starts), device=starts.device)
+        output, sign = order // 2 % many, 1 - 2 * (order % 2)
+        values, images = torch.zeros(len(starts), device=starts.device), torch.empty_like(starts)
+        for n in order.split(batch_size):
+            values[n], images[n] = _climb(
+                lambda x, n=n: apart(x).gather(1, output[n, None])[:, 0] * sign[n], starts[n], low, high, steps
+            )
+            on_batch(len(n))
     return Adversary(values, output, images)
+
+
+@contextlib.contextmanager
+def _constant(network: nn.Module) -> Iterator[None]:
+    """Within it no gradients are computed of a network's parameters."""
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def _climb(

@@ -168,13 +168,12 @@ def _pruned(ticket: Ticket, layer: SourceLayer) -> nn.Module:
     rows, inside = layer.shape[:2]
     bias = layer.name in ticket.bias_masks
     if layer.kind == "linear":
-        module: nn.Module = nn.Linear(inside, rows, bias=bias)
+        module: nn.Module = nn.Linear(inside, rows, bias=bias, device="meta")  # initialisation would draw numbers
     else:
         how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "bias": bias}
-        module = nn.Conv2d(inside, rows, layer.shape[2:], **how)  # type: ignore[arg-type]
+        module = nn.Conv2d(inside, rows, layer.shape[2:], **how, device="meta")  # type: ignore[arg-type]
     for part, (values, mask) in _parameters(ticket, layer).items():
-        with torch.no_grad():
-            getattr(module, part).copy_(values)
+        setattr(module, part, nn.Parameter(values))
         prune.custom_from_mask(module, part, mask)
     return module.requires_grad_(False)
 

@@ -95,6 +95,23 @@ def test_results_do_not_depend_on_what_is_set_for_all_of_pytorch(setting, usual,
     assert after == before
 
 
+def test_networks_and_random_numbers_of_the_user_are_left_as_they_are(usual, tmp_path):
+    images = usual[1]
+    model = small_cnn("tanh").train()
+    model[0].bias.requires_grad_(False)
+    ticket = ltx.construct(model, base_set_size=12, epsilon=0.02, head="construct", input_range=(0.0, 1.0))
+    network = ticket.to_module().train()
+    before = torch.get_rng_state()
+    export.masked_network(ticket)
+    export.state_dict(ticket)
+    adversary.ascend(network, model, images[:2], torch.zeros_like(images[0]), torch.ones_like(images[0]), steps=2)
+    ltx.verify(ticket, model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for net in (model, network) for module in net.modules())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.bias"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_parameters_are_held_in_one_layout():
     """Convolutions round differently in another one, which decides ties of feedback."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
