@@ -127,9 +127,10 @@ class BoundsSettings:
     product: float = PRODUCT  # the same of products of two
 
     def check(self) -> None:
-        for name in ("error", "uniform", "product"):
+        _require(0 < self.error < math.inf, f"bounds.error={self.error}: must be a positive number")
+        for name in ("uniform", "product"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"bounds.{name}={value}: must be a positive number")
+            _require(0 < value <= 1e4, f"bounds.{name}={value}: must be a positive number, at most 10,000")
         _require(0 < self.delta < 1, f"bounds.delta={self.delta}: must lie between 0 and 1")
 
 
@@ -190,7 +191,8 @@ class Settings:
         )
         _require(self.output_dir.strip() != "", "output_dir is empty: it must name a folder")
         _require(
-            self.theta is None or math.isfinite(self.theta), f"theta={self.theta}: must be a number, or null for random"
+            self.theta is None or abs(self.theta) <= 1e100,  # its square is looked at, too
+            f"theta={self.theta}: must be a number of at most 1e100 in magnitude, or null for random",
         )
         _require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be a positive number")
         _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")

@@ -65,6 +65,8 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(ltx, comma
         (["train-target", "protocol.rounds=0"], "at least 1"),
         (["train-target", "target.density=2"], "(0, 1]"),
         (["train-target", "target.bound=1e300"], "target.bound=1e+300: must be a positive number below 1e38"),
+        (["bounds", "bounds.uniform=1e300"], "bounds.uniform=1e+300: must be a positive number, at most 10,000"),
+        (["subset-sum", "theta=1e300"], "theta=1e+300: must be a number of at most 1e100 in magnitude"),
         (["construct", "target=null"], "Got NoneType; ltx COMMAND --help lists the settings"),
         (["construct", "--multirun", "m=3,4", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
         (["construct", "selection=feedback", "feedback.bound=1e-3"], "feedback.bound=0.001 is below epsilon=0.01"),

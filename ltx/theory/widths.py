@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping
 
+import torch
+
 from ltx.constructions.layout import Layout
 from ltx.theory.parts import Part
+
+ROUNDED = 1e-7  # of a chance: more than its sum may be rounded by
 
 
 def base_set_size(epsilon: float, delta: float, constant: float) -> int:
@@ -57,12 +62,14 @@ def copies_of(part: Part, m: int, chance: float) -> int:
 
 def rows_of_signs(m: int, chance: float, signs: int) -> int:
     """The least n so that n random signs hold m of either or one, but for `chance`: signs P(Bin(n, 1/2) < m)."""
-    n = m
-    while True:
-        below = sum(
-            math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
-            for k in range(m)
-        )
-        if signs * below <= chance:
-            return n
-        n += 1
+    k = torch.arange(m, dtype=torch.float64)
+    ways = torch.lgamma(k + 1)
+
+    def enough(n: int) -> bool:
+        below = (math.lgamma(n + 1) - ways - torch.lgamma(n - k + 1) - n * math.log(2)).exp().sum()
+        return signs * float(below) <= (1 - ROUNDED) * chance
+
+    most = m
+    while not enough(most):
+        most *= 2
+    return m + bisect.bisect_left(range(m, most), True, key=enough)
