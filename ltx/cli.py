@@ -96,6 +96,7 @@ def run(arguments: list[str]) -> int:
         # waiting threads spin briefly, then sleep: by GNU OpenMP's default they spin for milliseconds, and
         # the short loops of the solvers become many times slower wherever another program runs
         os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["MPLBACKEND"] = "agg"  # figures are written, not shown: a notebook's own may be none of this environment
     overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
     status = 0
     for ticket in tickets:  # one that fails does not keep the others from being looked at

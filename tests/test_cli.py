@@ -212,6 +212,13 @@ def test_an_output_that_lacks_the_signs_of_a_table(outputs, ltx, tmp_path):
     assert table.replace("±", "?") in done.stdout
 
 
+def test_from_a_notebook_whose_backend_is_not_here(outputs):
+    tables = [sys.executable, "-m", "ltx.cli", "tables", *SMOKE, f"output_dir={outputs}"]
+    there = os.environ | {"MPLBACKEND": "module://of_a_notebook.backend_inline"}
+    done = subprocess.run(tables, capture_output=True, text=True, cwd=ROOT, env=there)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_tables_are_written_although_nobody_reads_the_output(outputs, ltx, monkeypatch, tmp_path):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
 
