@@ -7,6 +7,7 @@ command makes: the path of its artefact, alone, as the last line.
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import importlib
 import io
@@ -49,14 +50,22 @@ INTERRUPTED = 130  # the exit status, as of a shell
 
 def main() -> None:
     """Entry point of the `ltx` command."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # tables hold signs that older encodings lack
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        codecs.register_error("ltx", _encoded)
+        sys.stdout.reconfigure(errors="ltx")
     try:
         status = run(sys.argv[1:])
         print(end="", flush=True)
     except OSError as error:  # of --help
         status = _fail(_os_error(error))
     sys.exit(status)
+
+
+def _encoded(error: UnicodeError) -> tuple[bytes, int]:
+    """What stands for signs of a table that an encoding lacks, and the bytes of a path that are no text as they are."""
+    assert isinstance(error, UnicodeEncodeError)
+    signs = error.object[error.start : error.end]
+    return b"".join(os.fsencode(c) if "\udc80" <= c <= "\udcff" else b"?" for c in signs), error.end
 
 
 def run(arguments: list[str]) -> int:

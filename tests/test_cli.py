@@ -204,12 +204,23 @@ def test_an_output_that_lacks_the_signs_of_a_table(outputs, ltx, tmp_path):
     for command in ("construct", "eval"):
         assert ltx(command, *settings, "seed=1")[0] == 0
     tables = [sys.executable, "-m", "ltx.cli", "tables", *settings]
-    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(tables, capture_output=True, text=True, cwd=ROOT, env=ascii_only)
+    for encoding in ("ascii", "ascii:surrogateescape"):  # the latter is that of the C locale
+        ascii_only = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(tables, capture_output=True, text=True, cwd=ROOT, env=ascii_only)
+        assert done.returncode == 0, done.stderr
+        table = (tmp_path / "again" / "tables" / "table1-digits.md").read_text(encoding="utf-8").split("\n\n")[1]
+        assert "±" in table
+        assert table.replace("±", "?") in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "ascii:surrogateescape"])
+def test_a_path_that_is_no_text_is_printed_as_it_is(tmp_path, encoding):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    command = [sys.executable, "-m", "ltx.cli", "subset-sum", "problems=100", b"output_dir='" + folder + b"'"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": encoding})
     assert done.returncode == 0, done.stderr
-    table = (tmp_path / "again" / "tables" / "table1-digits.md").read_text(encoding="utf-8").split("\n\n")[1]
-    assert "±" in table
-    assert table.replace("±", "?") in done.stdout
+    assert os.path.isfile(done.stdout.splitlines()[-1])
 
 
 def test_from_a_notebook_whose_backend_is_not_here(outputs):
