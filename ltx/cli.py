@@ -166,11 +166,11 @@ def _hydra(command: str, overrides: list[str]) -> int:
     from ltx import config
 
     config.register()
+    if {"--multirun", "-m"} & set(overrides) and (empty := _without_values(overrides)):
+        return _fail(f"{empty}: has no values, so that there is nothing to do")
     failures: list[str] = []
-    jobs = itertools.count()
 
     def job(cfg: DictConfig) -> None:
-        next(jobs)
         try:
             task = importlib.import_module(f"ltx.tasks.{COMMANDS[command][0]}")
             settings = config.settings_from(cfg)
@@ -216,16 +216,29 @@ def _hydra(command: str, overrides: list[str]) -> int:
         sys.argv = argv
         if full_error is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
-    elsewhere = any(override.startswith("hydra/launcher=") for override in overrides)
-    if {"--multirun", "-m"} & set(overrides) and not elsewhere and next(jobs) == 0:
-        return _fail("the sweep has no combination of settings: one of its lists of values is empty, as range(0) is")
     return 1 if failures else 0
 
 
+def _without_values(overrides: list[str]) -> str | None:
+    """An override of a sweep that has no values, so that there would be nothing to do."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in filter(_OVERRIDE.match, overrides):
+        try:
+            override = parser.parse_override(text)
+        except HydraException:  # which the command itself will say
+            continue
+        if override.is_range_sweep() and next(iter(override.sweep_iterator()), None) is None:
+            return text
+    return None
+
+
 def _raised_in(package: ModuleType, error: BaseException) -> bool:
-    """Whether it is code of that package that has raised an exception, not what it calls."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(str(package.__file__)).parent in Path(frames[-1].filename).parents
+    """Whether it is code of that package that has raised an exception, not what it calls, nor what a launcher ran."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(str(package.__file__)).parent in Path(last.filename).parents and last.name != "return_value"
 
 
 def _lazy_help() -> AbstractContextManager[object]:

@@ -11,7 +11,6 @@ import numba
 import torch
 
 log = logging.getLogger(__name__)
-MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
@@ -20,8 +19,8 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
     Code is kept beside the module, else in the user's cache, or in the folder that NUMBA_CACHE_DIR names. Where none
     can be written (an installation of root's, run by a user without a home), every process compiles it again.
 
-    With `parallel` it runs in as many threads as PyTorch (`torch.set_num_threads`, OMP_NUM_THREADS), at most one for
-    each processor, and is called from Python alone.
+    With `parallel` it runs in as many threads as PyTorch (`torch.set_num_threads`, OMP_NUM_THREADS), at most as many as
+    numba may take, and is called from Python alone.
     """
 
     def decorate(function: Callable) -> Any:
@@ -30,21 +29,23 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
         except RuntimeError:  # numba's, at the decoration
             _say_so()
             made = numba.njit(**options)(function)
-        return _in_threads(made) if options.get("parallel") else made
+        return in_threads(made) if options.get("parallel") else made
 
     return decorate
 
 
-def _in_threads(function: Callable) -> Callable:
+def in_threads(function: Callable) -> Callable:
     """Both share OpenMP's threads, and what one sets holds for the other."""
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        threads = torch.get_num_threads()
-        numba.set_num_threads(min(threads, MOST_THREADS))
+        threads = torch.get_num_threads()  # before numba's own are asked for, which starts them
+        most = numba.get_num_threads()
+        numba.set_num_threads(min(threads, most))
         try:
             return function(*arguments)
         finally:
+            numba.set_num_threads(most)
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -16,17 +17,39 @@ def usual_defaults() -> Iterator[None]:
     precision (`torch.autocast`). At the end everything is as it was before.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_float32)
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(kept_defaults())
-        torch.set_default_dtype(torch.float32)
-        torch.set_grad_enabled(True)
+        stack.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":  # it looks at every call of PyTorch's
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+class _Float32:
+    """The default dtype is that of all threads: the first that enters sets it, the last that leaves sets it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._within, self._before = threading.Lock(), 0, torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                torch.set_default_dtype(self._before)
+
+
+_float32 = _Float32()
 
 
 @contextlib.contextmanager

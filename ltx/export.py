@@ -146,8 +146,8 @@ def _module(ticket: Ticket, node: TicketNode) -> nn.Module:
         return _Pool(node.op, node.attributes)
     weight, bias = (ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
     if node.op == "given":
-        module: nn.Module = nn.Linear(weight.shape[1], len(weight))
-        module.load_state_dict({"weight": weight, "bias": bias})
+        module: nn.Module = nn.Linear(weight.shape[1], len(weight), device="meta")
+        module.weight, module.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
         return module
     kind = nn.BatchNorm1d if _flat(ticket, node) else nn.BatchNorm2d
     module = kind(len(weight), eps=0.0)  # statistics of 0 and 1: what is left is scale and shift
@@ -173,9 +173,9 @@ def _pruned(ticket: Ticket, layer: SourceLayer) -> nn.Module:
         how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "bias": bias}
         module = nn.Conv2d(inside, rows, layer.shape[2:], **how, device="meta")  # type: ignore[arg-type]
     for part, (values, mask) in _parameters(ticket, layer).items():
-        setattr(module, part, nn.Parameter(values))
+        setattr(module, part, nn.Parameter(values, requires_grad=False))
         prune.custom_from_mask(module, part, mask)
-    return module.requires_grad_(False)
+    return module
 
 
 def _parameters(ticket: Ticket, layer: SourceLayer) -> dict[str, tuple[Tensor, Tensor]]:

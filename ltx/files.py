@@ -52,6 +52,8 @@ def require_writable(folder: Path) -> None:
     folder = Path(folder).absolute()
     try:
         there = next(path for path in (folder, *folder.parents) if _exists(path))
+        for missing in folder.relative_to(there).parts:
+            _exists(there / missing)
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

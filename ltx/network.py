@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ltx import operations
 from ltx.activations import from_attributes
+from ltx.defaults import usual_defaults
 from ltx.sparse_conv import SparseConvolution
 from ltx.ticket import Ticket, TicketNode
 
@@ -22,6 +23,7 @@ class TicketNetwork(nn.Module):
     on a GPU, and on a CPU sparse where that is faster.
     """
 
+    @usual_defaults()
     def __init__(self, ticket: Ticket, *, dense: bool = False):
         """Args: dense: never take the sparse convolutions, which no exporter and no gradient can follow."""
         super().__init__()

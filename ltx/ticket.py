@@ -122,6 +122,7 @@ class Ticket:
             dense[rows] = source.biases(layer, self.seed, rows)
         return dense
 
+    @usual_defaults()
     def read_channels(self) -> dict[str, Tensor]:
         """Node -> sorted channels that anything behind it reads."""
 
@@ -132,6 +133,7 @@ class Ticket:
 
         return read_channels(self.graph, self.given, columns)
 
+    @usual_defaults()
     def node_labels(self) -> dict[str, Tensor | None]:
         """Node -> the target channel that each of its channels stands for, DEAD or CONSTANT; None: as in the image."""
         labels: dict[str, Tensor | None] = {}

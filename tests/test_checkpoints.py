@@ -143,7 +143,7 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("folder", ["a/b", "c" * 300 + "/b", "file/b"])
+@pytest.mark.parametrize("folder", ["a/b", "c" * 300 + "/b", "a/" + "c" * 300, "file/b"])
 def test_asking_whether_a_folder_can_be_written_makes_none(tmp_path, folder):
     (tmp_path / "file").touch()
     if folder == "a/b":

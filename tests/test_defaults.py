@@ -1,6 +1,8 @@
 """What is set for all of PyTorch, or of the processor's threads, changes no result and is left as it was."""
 
 import contextlib
+import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -10,9 +12,11 @@ from conftest import small_cnn
 from torch import nn
 
 import ltx
-from ltx import adversary, certificates, data, export, subset_sum, targets, training
-from ltx.compiled import MOST_THREADS
+from ltx import adversary, certificates, data, export, targets, theory, training
+from ltx.compiled import in_threads
+from ltx.defaults import usual_defaults
 from ltx.graph import trace
+from ltx.network import TicketNetwork
 
 
 @contextlib.contextmanager
@@ -59,7 +63,12 @@ def made(model, images, path):
         ticket = ltx.Ticket.load(path)
         assert {tensor.dtype for tensor in export.state_dict(ticket).values()} == {torch.float32}
         assert {p.dtype for p in export.masked_network(ticket).parameters()} == {torch.float32}
-        network = ticket.to_module()
+        network = TicketNetwork(ticket)
+        assert all(labels.device.type == "cpu" for labels in ticket.node_labels().values() if labels is not None)
+        assert all(read.device.type == "cpu" for read in ticket.read_channels().values())
+    graph = trace(model)
+    epsilons, sizes = dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
+    found["theorem"] = theory.ticket_error(graph, epsilons, sizes, construction="L+1", input_range=(0.0, 1.0))
     low, high = torch.zeros_like(images[0]), torch.ones_like(images[0])
     found["certificate"] = certificates.certify(ticket, trace(model), low, high).largest
     found["ascent"] = adversary.ascend(network, model, images[:2], low, high, steps=2).largest
@@ -101,9 +110,12 @@ def test_networks_and_random_numbers_of_the_user_are_left_as_they_are(usual, tmp
     model[0].bias.requires_grad_(False)
     ticket = ltx.construct(model, base_set_size=12, epsilon=0.02, head="construct", input_range=(0.0, 1.0))
     network = ticket.to_module().train()
+    kept = ltx.construct(model, base_set_size=12, epsilon=0.02, input_range=(0.0, 1.0))  # the classifier is given
     before = torch.get_rng_state()
-    export.masked_network(ticket)
-    export.state_dict(ticket)
+    with torch.no_grad():
+        for of in (ticket, kept):
+            copy.deepcopy(export.masked_network(of))
+            export.state_dict(of)
     adversary.ascend(network, model, images[:2], torch.zeros_like(images[0]), torch.ones_like(images[0]), steps=2)
     ltx.verify(ticket, model)
     assert torch.equal(torch.get_rng_state(), before)
@@ -132,14 +144,36 @@ def test_what_a_network_of_ones_own_sets_is_taken_back(tmp_path, monkeypatch):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 2 * MOST_THREADS])
-def test_kernels_run_in_as_many_threads_as_pytorch_and_leave_it_its_own(threads):
-    values = np.random.default_rng(0).uniform(-1, 1, (100, 8))
-    before = torch.get_num_threads()
+@in_threads
+@numba.njit(parallel=True)
+def _threads_of_a_kernel(out):
+    for i in numba.prange(len(out)):
+        out[i] = numba.get_num_threads()
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, None), (2, None), (7, None), (2, 1)])
+def test_kernels_run_in_as_many_threads_as_pytorch_and_leave_it_its_own(threads, most):
+    before, usual = torch.get_num_threads(), numba.get_num_threads()
+    most, out = most or usual, np.zeros(3)
     torch.set_num_threads(threads)
+    numba.set_num_threads(most)
     try:
-        subset_sum.solve(values, values[:, 0], 0.01)
-        assert torch.get_num_threads() == threads
-        assert numba.get_num_threads() == min(threads, MOST_THREADS)
+        torch.set_num_threads(threads)
+        _threads_of_a_kernel(out)
+        assert (torch.get_num_threads(), numba.get_num_threads()) == (threads, most)
+        assert out.tolist() == [min(threads, most)] * 3
     finally:
         torch.set_num_threads(before)
+        numba.set_num_threads(usual)
+
+
+def test_the_default_dtype_outlasts_calls_that_overlap_in_threads():
+    with default_dtype(torch.float64):
+        one, other = usual_defaults(), usual_defaults()
+        with ThreadPoolExecutor(1) as thread:
+            one.__enter__()
+            thread.submit(other.__enter__).result()
+            one.__exit__(None, None, None)
+            assert thread.submit(torch.get_default_dtype).result() == torch.float32
+            thread.submit(other.__exit__, None, None, None).result()
+        assert torch.get_default_dtype() == torch.float64

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ltx.constructions.layout import IMAGE, layout
+from ltx.defaults import usual_defaults
 from ltx.graph import Graph, Node
 from ltx.theory.parts import Part, parts_of
 
@@ -45,6 +46,7 @@ def budgets(
     return {name: allowed[name] for name in parts}, epsilons
 
 
+@usual_defaults()
 def ticket_error(
     graph: Graph,
     epsilons: Mapping[str, float],
