@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ltx.errors import LtxError
-from ltx.help import FILE, SETTINGS, SUMS, command_help, override
+from ltx.help import FILE, SEE_HELP, SETTINGS, SUMS, command_help, override
 
 COMMANDS = {
     "train-target": ("train_target", "train a Synflow-pruned target network"),
@@ -44,7 +44,6 @@ _FLAGS_WITH_VALUE = (
 _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
 LOWER = {"train-target": "lower target.batch_size, or use device=cpu"}  # what to do when memory has run out
 LOWER_ELSEWHERE = "lower m, give a larger epsilon, or use device=cpu"
-SEE_HELP = "ltx COMMAND --help lists the settings"
 INTERRUPTED = 130  # the exit status, as of a shell
 
 

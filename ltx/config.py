@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ltx.errors import LtxError
 from ltx.feedback import IMAGES, Feedback
+from ltx.help import SEE_HELP
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS, PRODUCT, UNIFORM
 
 # Hydra matches enums by name, and these names are no identifiers
@@ -210,12 +211,6 @@ class Settings:
             self.selection.value != "feedback" or self.construction.value != "sampled",
             "selection=feedback has no meaning with construction=sampled: no ticket is built; use L+1 or 2L",
         )
-        bound = self.feedback.bound
-        _require(
-            bound is None or bound >= self.epsilon,
-            f"feedback.bound={bound} is below epsilon={self.epsilon}, up to which parameters are left out: lower "
-            "epsilon, too, or raise the bound",
-        )
         _require(
             self.construction.value != "sampled" or self.pair == PairSettings(),
             "pair.* has no meaning with construction=sampled: no ticket is built; leave it out",
@@ -272,7 +267,7 @@ def settings_from(config: DictConfig) -> Settings:
         raise LtxError(f"settings without a value: {', '.join(sorted(missing))}; give them as KEY=VALUE")
     unknown = _unknown(config)
     if unknown:
-        raise LtxError(f"there is no setting {', '.join(unknown)}; ltx COMMAND --help lists the settings")
+        raise LtxError(f"there is no setting {', '.join(unknown)}; {SEE_HELP}")
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Settings)
     s = settings

@@ -10,6 +10,7 @@ TRAIN = ("train-target",)
 TICKET = ("construct", "eval", "verify", "certify", "export", "tables")
 BUILD = (*TICKET, "bounds")
 FILE = ("eval", "verify", "certify", "export")
+SEE_HELP = "ltx COMMAND --help lists the settings"  # behind messages of settings that there are none of
 
 # key, default, values, meaning, commands that look at it
 SETTINGS = (

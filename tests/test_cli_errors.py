@@ -69,7 +69,6 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(ltx, comma
         (["subset-sum", "theta=1e300"], "theta=1e+300: must be a number of at most 1e100 in magnitude"),
         (["construct", "target=null"], "Got NoneType; ltx COMMAND --help lists the settings"),
         (["construct", "--multirun", "m=3,4", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
-        (["construct", "selection=feedback", "feedback.bound=1e-3"], "feedback.bound=0.001 is below epsilon=0.01"),
     ],
     ids=" ".join,
 )
