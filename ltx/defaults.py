@@ -21,7 +21,7 @@ def usual_defaults() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if torch.get_default_device().type != "cpu":  # it looks at every call of PyTorch's
+        if default_device().type != "cpu":  # it looks at every call of PyTorch's
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -55,11 +55,16 @@ _float32 = _Float32()
 @contextlib.contextmanager
 def kept_defaults() -> Iterator[None]:
     """At its end the defaults for new tensors, and whether gradients are recorded, are as they were before."""
-    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    dtype, device, gradients = torch.get_default_dtype(), default_device(), torch.is_grad_enabled()
     try:
         yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
-        if torch.get_default_device() != device:
+        if default_device() != device:
             torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def default_device() -> torch.device:
+    """Where a new tensor is made; PyTorch 2.8's `get_default_device` fails behind `set_default_device(None)`."""
+    return torch.empty(0).device

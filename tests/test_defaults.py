@@ -87,19 +87,18 @@ def usual(tmp_path_factory):
     return model, images, made(model, images, tmp_path_factory.mktemp("usual") / "ticket.safetensors")
 
 
+def settings():
+    gradients = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return torch.get_default_dtype(), torch.empty(0).device, *gradients, torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_results_do_not_depend_on_what_is_set_for_all_of_pytorch(setting, usual, tmp_path):
     model, images, expected = usual
     with SETTINGS[setting]():
-        before = (
-            torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
-        )  # fmt: skip
+        before = settings()
         found = made(model, images, tmp_path / "ticket.safetensors")
-        after = (
-            torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
-        )  # fmt: skip
+        after = settings()
     assert found == expected
     assert after == before
 
@@ -140,8 +139,7 @@ def test_what_a_network_of_ones_own_sets_is_taken_back(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     targets.imported("setting_defaults:make")
-    assert (torch.get_default_dtype(), str(torch.get_default_device())) == (torch.float32, "cpu")
-    assert torch.is_grad_enabled()
+    assert settings() == (torch.float32, torch.device("cpu"), True, False, False)
 
 
 @in_threads
