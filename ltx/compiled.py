@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import torch
+from numba.np.ufunc.parallel import threading_layer
 
 log = logging.getLogger(__name__)
+_in_turns = threading.Lock()
 
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
@@ -35,21 +40,50 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
 
 
 def in_threads(function: Callable) -> Callable:
-    """Both share OpenMP's threads, and what one sets holds for the other."""
+    """Both share OpenMP's threads, and what one sets holds for the other.
+
+    Where numba has no OpenMP (a Mac), its own threads end the process when two of Python's call for them at the same
+    time: these take turns there. GNU's OpenMP ends a forked process, which a pool of them would wait for without end.
+
+    Raises:
+        RuntimeError: in a process forked from one in which a kernel has run, with GNU's OpenMP.
+    """
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
+        if _first_process() != os.getpid() and _is_gnu_openmp():
+            raise RuntimeError(
+                "this process was forked from one that has used ltx, and GNU OpenMP's threads do not outlive a fork: "
+                "start processes with multiprocessing.get_context('spawn'), or use threads"
+            )
         threads = torch.get_num_threads()  # before numba's own are asked for, which starts them
         most = numba.get_num_threads()
-        numba.set_num_threads(min(threads, most))
-        try:
-            return function(*arguments)
-        finally:
-            numba.set_num_threads(most)
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+        with _in_turns if threading_layer() == "workqueue" else contextlib.nullcontext():
+            numba.set_num_threads(min(threads, most))
+            try:
+                return function(*arguments)
+            finally:
+                numba.set_num_threads(most)
+                if torch.get_num_threads() != threads:
+                    torch.set_num_threads(threads)
 
     return run
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process in which a kernel ran first: this one or, behind a fork, one before it."""
+    return os.getpid()
+
+
+def _is_gnu_openmp() -> bool:
+    """Whether the threads are its own, of which a forked process has none; where a kernel has run."""
+    if threading_layer() != "omp":
+        return False
+    # there only where numba has OpenMP
+    from numba.np.ufunc import omppool  # pyright: ignore[reportAttributeAccessIssue]
+
+    return omppool.openmp_vendor == "GNU"
 
 
 @functools.cache
