@@ -93,6 +93,10 @@ def uniform(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:
     if rows.device.type == "cpu":
         flat = _uniform_cpu(np.uint64(seed), np.uint64(layer), rows.flatten().numpy(), offsets.flatten().numpy())
         return torch.from_numpy(flat).view(offsets.shape)
+    return _uniform_by_tensors(seed, layer, rows, offsets)
+
+
+def _uniform_by_tensors(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:
     block = offsets >> 2
     words = philox4x32_10((block & _LOW, block >> 32, rows, torch.full_like(rows, layer)), _key(seed))
     word = offsets & 3

@@ -29,8 +29,7 @@ def test_philox_known_answers(counter, key, words):
     assert tuple(int(w) for w in got) == words
 
 
-def _by_tensors(seed, layer, rows, offsets):
-    """The path that a GPU takes, here on the CPU."""
+def _in_float64(seed, layer, rows, offsets):
     block = offsets >> 2
     words = torch.stack(
         source.philox4x32_10((block & FULL, block >> 32, rows, torch.full_like(rows, layer)), (seed & FULL, seed >> 32))
@@ -41,11 +40,13 @@ def _by_tensors(seed, layer, rows, offsets):
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
 def test_compiled_and_tensor_paths_give_the_same_bits(seed):
+    """A GPU takes the path of tensors."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(0, 2**20, (1000,), generator=generator)
     offsets = torch.randint(0, 2**36, (1000,), generator=generator)
     compiled = source.uniform(seed, 5, rows, offsets)
-    assert torch.equal(compiled.double(), _by_tensors(seed, 5, rows, offsets))
+    assert torch.equal(compiled.double(), _in_float64(seed, 5, rows, offsets))
+    assert torch.equal(source._uniform_by_tensors(seed, 5, rows, offsets), compiled)
 
 
 @pytest.mark.gpu

@@ -103,11 +103,9 @@ class Approximation:
         """A given batch norm: a slot has that of its channel, a constant one that of any channel."""
         before = node.inputs[0]
         labels = self.labels[before]
-        norm = next((n.batch_norm for n in self.target.nodes if n.name == node.name), None)
+        norm = self.target[node.name].batch_norm
         assert labels is not None
-        if norm is None or len(norm.scale) != self._channels(node.name):
-            yield f"batch norm {node.name}: the target has none of that name with so many channels"
-            return
+        assert norm is not None  # topology has compared the names
         scale, shift = (self.ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
         live = labels >= 0
         same = (scale[live] == norm.scale[labels[live]]) & (shift[live] == norm.shift[labels[live]])
