@@ -111,6 +111,10 @@ def test_verify_says_which_rule_is_broken(honest, relu):
         "row " + str(live) + " is labelled constant and reads a channel that is not": replace(
             honest, slots={**honest.slots, "2": constant}
         ),
+        "node '0' follows the copies of 0": layer(honest, "0", target="2"),
+        "node '0' follows the copies of 0, the sums must": layer(
+            honest, "0", role="copies" if other == "L+1" else "direct"
+        ),
         "output: its rows do not stand for": node(
             honest, output.name, attributes={**output.attributes, "rows": output.attributes["rows"][::-1]}
         ),
