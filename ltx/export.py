@@ -70,9 +70,7 @@ def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
     try:
         import onnxscript  # noqa: F401 - what torch.onnx.export needs, said before its own long message
     except ImportError:
-        raise LtxError(
-            "ONNX needs the packages onnx and onnxscript; install them with: pip install 'ltx[onnx]'"
-        ) from None
+        raise LtxError("ONNX needs two packages more: pip install onnx onnxscript") from None
     from ltx.network import TicketNetwork
 
     class Exported(TicketNetwork):

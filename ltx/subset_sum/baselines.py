@@ -38,7 +38,7 @@ def cp_sat(x: np.ndarray, theta: float, epsilon: float, selection: str) -> Solut
     try:
         from ortools.sat.python import cp_model
     except ImportError as error:
-        raise LtxError("OR-tools is not installed; pip install 'ltx[bench]'") from error
+        raise LtxError("OR-tools is not installed; pip install ortools") from error
     if not all(float(v * GRID).is_integer() for v in (*x, theta)):
         raise LtxError("CP-SAT takes integers: base sets and targets must be multiples of 2^-23")
     weights, target = [int(v * GRID) for v in x], int(theta * GRID)

@@ -38,7 +38,7 @@ def run(settings: Settings) -> Path:
     if importlib.util.find_spec("ortools"):
         rivals["cp_sat"] = baselines.cp_sat
     else:
-        log.info("CP-SAT is left out: it needs pip install 'ltx[bench]'")
+        log.info("CP-SAT is left out: it needs OR-tools (pip install ortools)")
     rows = []
     folder = Path(settings.output_dir) / "bench" / f"{settings.law.value}-eps{settings.epsilon!r}"
     require_writable(folder)
