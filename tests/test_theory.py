@@ -103,6 +103,62 @@ def test_the_theorem_s_budgets():
 
 
 @both
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_the_budgets_of_norms_by_hand(construction, activation):
+    """From the output back, a share each: for the parameters, what the layer reads, a pair that is not linear."""
+    graph = trace(small_cnn(activation))
+    found = theory.guarantee(graph, 0.5, 0.1, construction=construction, head="construct", scaling="layer_max")
+    lipschitz, allowed = ACTIVATIONS[activation].lipschitz, 0.5
+    for bound in reversed(found.layers):
+        layer = graph.layers[bound.layer]
+        weight, scale = (
+            layer.weight.double().flatten(1),
+            max(float(layer.weight.abs().max()), float(layer.bias.abs().max())),
+        )
+        most = int((weight.ne(0).sum(1) + layer.bias.ne(0)).max())
+        pair, first = construction == "2L" or bound.layer == "0", bound.layer == "0"
+        near = pair and activation == "sigmoid"
+        shares = 3 - first - (not near)
+        epsilon = allowed / (shares * most * max(bound.largest_input, 1))
+        assert (bound.allowed, bound.epsilon) == pytest.approx((allowed, epsilon))
+        assert bound.parameters == int(weight.count_nonzero()) + int(layer.bias.count_nonzero())
+        row = float(weight.abs().sum(1).max()) + most * epsilon * (1 + near)
+        gain = row if pair else most * bound.base_set_size * max(scale, 1)
+        allowed /= shares * gain * lipschitz
+
+
+@both
+def test_the_chances_of_failure_add_up_to_delta(construction):
+    """Of subset sums (Corollary 2.2), and of first layers of pairs with too few rows of a sign."""
+    graph = trace(small_cnn("relu"))
+    found = theory.guarantee(graph, 0.5, 0.1, construction=construction, head="construct", scaling="layer_max")
+    sums = signs = 0.0
+    for bound in found.layers:
+        layer, m = graph.layers[bound.layer], bound.base_set_size
+        sums += bound.problems * math.exp(-m / (PRODUCT if bound.copies else UNIFORM))
+        if bound.copies:
+            weight = layer.weight.flatten(2) if layer.weight.ndim == 4 else layer.weight.unflatten(1, (-1, 36))
+            channels = int(weight.ne(0).any(2).any(0).sum()) + bool(layer.bias.any())
+            rows = bound.copies // channels
+            few = sum(math.comb(rows, k) for k in range(m)) / 2**rows
+            signs += channels * (2 if bound.layer == "0" else 1) * few  # behind a ReLU one sign is enough
+    assert 0.001 < sums <= 0.05
+    assert 0.01 < signs <= 0.05
+
+
+def test_the_source_s_parameters():
+    """Of L+1: the copies and their biases, the sums of the pair, then m rows for each channel, and the constants."""
+    found = theory.guarantee(trace(small_cnn("relu")), 0.5, 0.1, construction="L+1", head="construct")
+    first, second, last = found.layers
+    channels = 4
+    assert (first.slots, second.slots, last.slots) == (second.base_set_size, last.base_set_size, 1)
+    assert [layer.width for layer in found.layers] == [channels * first.slots + first.slots, second.width, 3]
+    assert first.source_parameters == 2 * first.copies + 9 * first.copies * first.width
+    assert second.source_parameters == 9 * first.width * second.width
+    assert last.source_parameters == 36 * second.width * last.width
+
+
+@both
 def test_no_perturbation_within_epsilon_exceeds_the_error(construction):
     model = small_cnn("relu")
     graph = trace(model)
@@ -217,6 +273,7 @@ def test_base_set_sizes():
     ("arguments", "message"),
     [
         ({"error": 0.0}, "error 0 must be a positive number"),
+        ({"delta": 0.0}, "delta 0 must lie between 0 and 1"),
         ({"delta": 1.0}, "delta 1 must lie between 0 and 1"),
         ({"uniform": 0.0}, "the constants C, 0 and 7.1, must be positive"),
         ({"input_range": (0.0, math.inf)}, "input_range .* must be finite"),
