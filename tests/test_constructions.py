@@ -183,6 +183,18 @@ def test_failed_rows_are_given_up_whole():
     assert sorted(slots[slots >= 0].tolist()) == [0, 1, 2, 3]
 
 
+def test_l_plus_one_makes_m_slots_of_what_it_reads_and_one_of_the_outputs():
+    seen: list[Statistics] = []
+    ticket = construct(small_cnn("relu"), construction="L+1", base_set_size=24, epsilon=0.05, head="construct",
+                       on_statistics=seen.append)  # fmt: skip
+    slots = [ticket.slots[name] for name in ("0", "2", "5")]
+    many = [torch.bincount(labels[labels >= 0]).tolist() for labels in slots]
+    assert all(20 <= n <= 24 for n in many[0] + many[1])  # some of them nothing reads
+    assert many[2] == [1, 1, 1]
+    assert sum(len(labels) for labels in slots) == seen[0].rows
+    assert len(slots[2]) <= 3 + seen[0].given_up
+
+
 def test_layer_max_reaches_parameters_beyond_one():
     model = small_cnn("relu")
     with torch.no_grad():
