@@ -64,7 +64,7 @@ def test_slopes_offset_and_lipschitz_constant(phi):
     x = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
     assert phi.value(0.0) == phi.offset
     slopes = (phi.fn(x)[1:] - phi.fn(x)[:-1]) / 1e-4
-    assert 0.9999 * phi.lipschitz <= slopes.abs().max() <= phi.lipschitz * (1 + 1e-9)
+    assert 0.99 * phi.lipschitz <= slopes.abs().max() <= phi.lipschitz * (1 + 1e-9)
     assert phi.least_slope - 1e-9 <= slopes.min() <= phi.least_slope + 0.02  # which some have far out
     bend = (phi.fn(x)[2:] - 2 * phi.fn(x)[1:-1] + phi.fn(x)[:-2]).abs().max()
     assert bend <= phi.curvature * 1e-8 + 1e-14

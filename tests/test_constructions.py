@@ -189,7 +189,8 @@ def test_l_plus_one_makes_m_slots_of_what_it_reads_and_one_of_the_outputs():
                        on_statistics=seen.append)  # fmt: skip
     slots = [ticket.slots[name] for name in ("0", "2", "5")]
     many = [torch.bincount(labels[labels >= 0]).tolist() for labels in slots]
-    assert all(20 <= n <= 24 for n in many[0] + many[1])  # some of them nothing reads
+    assert all(20 <= n <= 24 for n in many[0])  # of the others nothing is read
+    assert all(1 < n <= 24 for n in many[1])
     assert many[2] == [1, 1, 1]
     assert sum(len(labels) for labels in slots) == seen[0].rows
     assert len(slots[2]) <= 3 + seen[0].given_up
