@@ -209,8 +209,13 @@ def test_layer_max_reaches_parameters_beyond_one():
 
 def test_unreachable_parameters_are_an_error_that_helps():
     model = small_cnn("tanh")
-    with pytest.raises(LtxError, match=r"none of \d+ source rows .* within 0.0001.* raise m or epsilon"):
-        construct(model, base_set_size=4, epsilon=1e-4)
+    for construction, hint in (
+        ("2L", ", or use construction=L+1"),
+        ("L+1", ""),
+    ):  # fails in layer 2, in the pair in front
+        with pytest.raises(LtxError, match=r"none of \d+ source rows .* within 0.0001.* raise m or epsilon") as caught:
+            construct(model, construction=construction, base_set_size=13, epsilon=1e-4)
+        assert str(caught.value).endswith("raise m or epsilon" + hint)
 
 
 @both

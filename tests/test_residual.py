@@ -303,23 +303,27 @@ def test_sampled_errors_have_the_moments_of_the_statistics():
             sampled(model, seed=seed)
 
 
-def test_the_first_layer_gets_errors_of_products(monkeypatch):
+@pytest.mark.parametrize(
+    ("activation", "low", "sets"), [("relu", -1.0, 2), ("relu", 0.0, 1), ("tanh", -1.0, 1), ("sigmoid", 0.0, 2)]
+)
+def test_the_first_layer_gets_errors_of_products(activation, low, sets, monkeypatch):
     """A pair in front, with a base set for either sign of a copy; what is behind it counts m slots, the last one."""
-    model, m = small_resnet(), 7
+    model, m = small_resnet(activation), 7
     of_a_problem = {"product": (0.004, 5), "uniform": (0.002, 2)}  # error, size
     monkeypatch.setattr(
         sys.modules["ltx.constructions.sampled"], "_distribution",
         lambda law, *_: tuple(np.full(3, number) for number in of_a_problem[law]),
     )  # fmt: skip
-    found, layers = sampled(model, base_set_size=m, epsilon=0.01), trace(model).layers
+    found = sampled(model, base_set_size=m, epsilon=0.01, input_range=(low, 1.0))
+    layers = trace(model).layers
     counts = {name: layer.parameters_above(0.01) for name, layer in layers.items() if "shortcut" not in name}
     for name in counts:
         big = above(layers[name].weight, 0.01)
         off = (found.state[f"{name}.weight"] - layers[name].weight)[big].abs()
         assert off == pytest.approx(0.004 if name == "conv" else 0.002, abs=1e-6), name
     between = sum(count for name, count in counts.items() if name not in ("conv", "fc"))
-    copies = m * 2 * 1  # of the one channel of an image
-    assert found.parameters == copies + m * 2 * 5 * counts["conv"] + m * 2 * between + 2 * counts["fc"]
+    copies = m * sets * 1  # of the one channel of an image
+    assert found.parameters == copies + m * sets * 5 * counts["conv"] + m * 2 * between + 2 * counts["fc"]
 
 
 def test_the_account_of_deviations():

@@ -25,6 +25,16 @@ def layer(kernel, stride, padding, dilation):
 
 
 @pytest.mark.parametrize(
+    ("kernel", "padding", "second"), [(3, 1, (3, 1)), (1, 0, (1, 0)), (5, 2, (5, 2)), (7, 3, (7, 3)), (3, 0, (2, 0))]
+)
+def test_the_second_layer_is_no_larger_than_it_has_to_be(kernel, padding, second):
+    """Behind a first one of 3x3 with the target's stride of 2, which sees a pixel on either side."""
+    target = layer((kernel,) * 2, (2, 2), (padding,) * 2, (1, 1))
+    geometry = pair_geometry(target, "conv", kernel**2, image=True, kernel=3, stride="first")
+    assert [line.second[::2] for line in geometry.lines] == [second] * 2
+
+
+@pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation", "first"),
     [
         ((3, 3), (2, 2), (1, 1), (1, 1), 3), ((3, 3), (2, 2), (1, 1), (1, 1), 7), ((1, 1), (2, 2), (0, 0), (1, 1), 3),

@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 from conftest import small_cnn
+from torch import nn
 
 from ltx import synflow
 from ltx.errors import LtxError
 from ltx.targets import build, prunable
+from ltx.targets.masked import MaskedLinear
 
 
 @pytest.fixture
@@ -60,6 +62,13 @@ def test_keeps_the_largest_scores(model):
     synflow.prune(model, (1, 8, 8), 0.2)
     for name, (_, mask) in prunable(model).items():
         assert before[name][mask == 1].min() > before[name][mask == 0].max()
+
+
+@pytest.mark.parametrize(("density", "pruned"), [(1.0, 0), (0.8, 0), (0.75, 1), (0.5, 2), (0.0, 4)])
+def test_a_share_of_few_is_rounded_down(density, pruned):
+    model = nn.Sequential(MaskedLinear(1, 4, bias=False))
+    synflow.prune(model, (1,), density)
+    assert int((prunable(model)["0.weight"][1] == 0).sum()) == pruned
 
 
 def test_global_scope_ranks_all_together(model):
