@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ltx.feedback import IMAGES, Feedback
-from ltx.report import deviation, tables
+from ltx.report import deviation, tables, tradeoff
 
 
 def results(data="mnist", n=10):
@@ -142,6 +142,53 @@ def test_the_figure_of_deviations_has_a_line_for_every_epsilon():
     named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     assert len(named) == 6
     assert len({line.get_marker() for line in named}) == 6
+
+
+def feedback_results(penalty, seeds, examples=2000, ratio=10.0, lost=0.5, **changes):
+    """Of ReLU in L+1: with the seed added to the accuracy."""
+    usual = {f"feedback_{field.name}": field.default for field in fields(Feedback)} | {"feedback_images": IMAGES}
+    row = deep_results(n=1).query("activation == 'relu' and construction == 'L+1'").iloc[0].to_dict() | usual
+    row |= {"selection": "feedback", "feedback_penalty": penalty, "examples": examples, "scaling": "unit"} | changes
+    sizes = {"target_accuracy": 80.0, "target_parameters": 100, "ticket_parameters": int(100 * ratio)}
+    return pd.DataFrame(row | sizes | {"seed": s, "ticket_accuracy": 80.0 - lost + s} for s in seeds)
+
+
+def test_variants_of_few_seeds_are_in_the_tables_where_there_are_no_others():
+    usual = Feedback().penalty
+    table = tables.deep_accuracy_table(feedback_results(1e-6, [0]))
+    assert "λ = 1e-06" in table.markdown
+    many = pd.concat([feedback_results(usual, range(3)), feedback_results(1e-6, [0, 1])])
+    assert "λ" not in tables.deep_accuracy_table(many).markdown
+    assert "λ = 1e-06" in tables.deep_accuracy_table(pd.concat([many, feedback_results(1e-6, [2])])).markdown
+
+
+def test_the_figure_of_the_trade_off_joins_tickets_that_differ_in_lambda_alone():
+    shown = pd.concat(
+        [
+            deep_results(n=4),
+            feedback_results(1e-6, range(3), ratio=10, lost=2),
+            feedback_results(1e-8, range(3), ratio=20, lost=1),
+            feedback_results(1e-8, [7], examples=500, ratio=99, lost=9),  # another seed on fewer images
+            feedback_results(1e-6, [0], ratio=30, lost=3, feedback_sweeps=1),
+        ]
+    )
+    figure = tradeoff.figure(shown)
+    relu, sigmoid = figure.axes
+    assert (relu.get_title("left"), sigmoid.get_title("left")) == ("ReLU", "sigmoid")
+    lines = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in relu.containers}
+    assert set(lines) == {"sampled", "L+1, smallest", "2L, smallest", "L+1, feedback", "L+1, feedback, sweeps = 1"}
+    assert lines["L+1, feedback"] == [[10, -1], [20, 0]]  # means over seeds 0 to 2
+    assert lines["L+1, feedback, sweeps = 1"] == [[30, -3]]
+    ratio, lost = lines["sampled"][0]
+    assert (ratio, lost) == pytest.approx((3_900_001.5 / 116_094, 61.5 - 72.64))
+    (bars,) = (bars for bars in relu.containers if bars.get_label() == "L+1, feedback")
+    for (_, low), (_, high) in bars.lines[2][0].get_segments():
+        assert high - low == pytest.approx(2 * 1.96 / 3**0.5)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
+    assert [bars.get_label() for bars in sigmoid.containers] == ["sampled", "L+1, smallest", "2L, smallest"]
+    low, high = relu.get_ylim()
+    assert low < -90
+    assert high > 0
 
 
 def deep_results(n=50, examples=10_000):

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ltx.report.figures import STYLE
 from ltx.report.tables import ACTIVATIONS, interval
-from ltx.report.variants import with_variants
+from ltx.report.variants import on_same_images, with_variants
 
 WITHIN = 0.5  # points: where tickets count as their target
 COLOURS = ("#e08214", "#8073ac", "#1a9850", "#35978f", "#c51b7d", "#8c510a", "#4d4d4d", "#762a83")
@@ -19,12 +19,13 @@ PLAIN = {"sampled": ("#777777", "s"), "L+1": ("#b2182b", "D"), "2L": ("#2166ac",
 def figure(results: pd.DataFrame) -> Figure:
     """Ticket minus target in points against parameters kept for each of the target's, a panel each activation.
 
-    A line joins tickets that differ in lambda alone; bars are 95 % intervals over seeds.
+    A line joins tickets that differ in lambda alone; bars are 95 % intervals over seeds, which were evaluated on the
+    same images, as in a row of a table.
 
     Args:
         results: one row per ticket, as `result.json` has it.
     """
-    named = with_variants(results, everything=True)
+    named = on_same_images(with_variants(results, everything=True))
     named = named.assign(
         ratio=named.ticket_parameters / named.target_parameters, lost=named.ticket_accuracy - named.target_accuracy
     )
@@ -41,7 +42,6 @@ def figure(results: pd.DataFrame) -> Figure:
             axes.axhspan(-WITHIN, WITHIN, color="#f0f0f0", lw=0)
             axes.axhline(0, color="black", lw=0.7, ls=":")
             mine = named.loc[named.activation == name]
-            mine = mine.loc[(mine.examples == mine.examples.min()) | (mine.construction == "sampled")]
             for label, (colour, marker, variants) in series.items():
                 points = [mine.loc[mine.variant == variant] for variant in variants]
                 points = sorted((p for p in points if len(p)), key=lambda p: p.ratio.mean())

@@ -58,7 +58,6 @@ def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.Data
     Args:
         everything: also variants of feedback with fewer than LEAST_SEEDS seeds, where others have as many.
     """
-    rest = results[results.selection != "feedback"]
     usual = usual_size(results)
     names = [variant(row, usual) for row in results.to_dict("records")]
     found = results.assign(variant=names)
@@ -70,7 +69,7 @@ def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.Data
     if not everything:
         seeds = found.groupby(["activation", "variant"]).seed.transform("nunique")
         few = (found.selection == "feedback") & (seeds < LEAST_SEEDS)
-        found = found[~few | (few.all() and len(rest) == 0)]
+        found = found[~few | few.all()]
     return cast(pd.DataFrame, found.drop(columns="_place"))
 
 
