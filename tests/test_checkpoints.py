@@ -5,7 +5,7 @@ import torch
 
 from ltx.activations import ACTIVATIONS
 from ltx.errors import CheckpointError, LtxError
-from ltx.files import require_writable
+from ltx.files import require_writable, tensor_hash
 from ltx.graph import trace
 from ltx.targets import build, load_into, pack, prunable, read_checkpoint, resnet22, save_target
 
@@ -157,3 +157,17 @@ def test_asking_whether_a_folder_can_be_written_makes_none(tmp_path, folder):
 def test_unknown_network():
     with pytest.raises(LtxError, match="'resnet9000' is not known; there are mnist_cnn"):
         build("resnet9000", "relu", shape=(1, 8, 8), classes=10)
+
+
+def test_names_shapes_types_and_values_count_for_a_hash():
+    plain = {"a": torch.arange(4.0), "b": torch.zeros(2)}
+    others = [
+        {"c": plain["a"], "b": plain["b"]},
+        {**plain, "a": plain["a"].view(2, 2)},
+        {**plain, "a": plain["a"].view(torch.int32)},
+        {**plain, "a": plain["a"].flip(0)},
+        {"a": plain["a"]},
+    ]
+    assert len({tensor_hash(tensors) for tensors in (plain, *others)}) == 6
+    assert tensor_hash(dict(reversed(plain.items()))) == tensor_hash(plain)
+    assert tensor_hash({**plain, "a": torch.arange(8.0)[:4]}) == tensor_hash(plain)
