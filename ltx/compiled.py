@@ -12,10 +12,10 @@ from typing import Any
 
 import numba
 import torch
-from numba.np.ufunc.parallel import threading_layer
+
+from ltx.errors import LtxError
 
 log = logging.getLogger(__name__)
-_in_turns = threading.Lock()
 
 
 def compiled(**options: Any) -> Callable[[Callable], Any]:
@@ -40,25 +40,22 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
 
 
 def in_threads(function: Callable) -> Callable:
-    """Both share OpenMP's threads, and what one sets holds for the other.
+    """PyTorch and numba share OpenMP's threads, and what one sets holds for the other.
 
-    Where numba has no OpenMP (a Mac), its own threads end the process when two of Python's call for them at the same
-    time: these take turns there. GNU's OpenMP ends a forked process, which a pool of them would wait for without end.
+    Where numba has no OpenMP (on many a Mac), its own threads end the process when two of Python's call for them at the
+    same time: these take turns there.
 
     Raises:
-        RuntimeError: in a process forked from one in which a kernel has run, with GNU's OpenMP.
+        LtxError: see `require_unforked`.
     """
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        if _first_process() != os.getpid() and _is_gnu_openmp():
-            raise RuntimeError(
-                "this process was forked from one that has used ltx, and GNU OpenMP's threads do not outlive a fork: "
-                "start processes with multiprocessing.get_context('spawn'), or use threads"
-            )
         threads = torch.get_num_threads()  # before numba's own are asked for, which starts them
         most = numba.get_num_threads()
-        with _in_turns if threading_layer() == "workqueue" else contextlib.nullcontext():
+        require_unforked()
+        _process.started = True
+        with _process.turns if _layer() == "workqueue" else contextlib.nullcontext():
             numba.set_num_threads(min(threads, most))
             try:
                 return function(*arguments)
@@ -70,15 +67,46 @@ def in_threads(function: Callable) -> Callable:
     return run
 
 
-@functools.cache
-def _first_process() -> int:
-    """The process in which a kernel ran first: this one or, behind a fork, one before it."""
-    return os.getpid()
+class _Process:
+    """What a fork changes."""
+
+    def __init__(self) -> None:
+        self.started = False  # whether a kernel has run, here or before a fork
+        self.forked = False  # whether one had run when this process was forked
+        self.turns = threading.RLock()
+
+    def fork(self) -> None:
+        self.forked, self.turns = self.started, threading.RLock()
+
+
+_process = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_process.fork)
+
+
+def require_unforked() -> None:
+    """Refuse to go on in a process forked from one in which a kernel has run, where numba's threads are GNU OpenMP's.
+
+    Numba would end it, which a pool of processes waits for without end, and PyTorch would wait for threads that a fork
+    does not copy, as it does behind a fork of any process that has used them.
+
+    Raises:
+        LtxError: it is such a process.
+    """
+    if _process.forked and _is_gnu_openmp():
+        raise LtxError(
+            "this process was forked from one that has used ltx, whose threads do not outlive a fork: start processes "
+            "with multiprocessing.get_context('spawn') (a DataLoader's multiprocessing_context='spawn'), or use threads"
+        )
+
+
+def _layer() -> str:
+    """Numba's threads, once they have started: omp, tbb or workqueue."""
+    return numba.threading_layer()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _is_gnu_openmp() -> bool:
-    """Whether the threads are its own, of which a forked process has none; where a kernel has run."""
-    if threading_layer() != "omp":
+    if _layer() != "omp":
         return False
     # there only where numba has OpenMP
     from numba.np.ufunc import omppool  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ltx.compiled import require_unforked
+
 
 @contextlib.contextmanager
 def usual_defaults() -> Iterator[None]:
@@ -15,7 +17,11 @@ def usual_defaults() -> Iterator[None]:
 
     In float32 and on the CPU, unless somebody says otherwise; gradients are recorded, and nothing is computed in lower
     precision (`torch.autocast`). At the end everything is as it was before.
+
+    Raises:
+        LtxError: in a forked process (`ltx.compiled.require_unforked`).
     """
+    require_unforked()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_float32)
         if torch.is_inference_mode_enabled():

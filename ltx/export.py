@@ -70,7 +70,7 @@ def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
     try:
         import onnxscript  # noqa: F401 - what torch.onnx.export needs, said before its own long message
     except ImportError:
-        raise LtxError("ONNX needs two packages more: pip install onnx onnxscript") from None
+        raise LtxError("ONNX needs two packages more: pip install 'onnx>=1.17' 'onnxscript>=0.6.2'") from None
     from ltx.network import TicketNetwork
 
     class Exported(TicketNetwork):

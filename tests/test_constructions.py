@@ -209,10 +209,8 @@ def test_layer_max_reaches_parameters_beyond_one():
 
 def test_unreachable_parameters_are_an_error_that_helps():
     model = small_cnn("tanh")
-    for construction, hint in (
-        ("2L", ", or use construction=L+1"),
-        ("L+1", ""),
-    ):  # fails in layer 2, in the pair in front
+    # 2L fails in layer 2, L+1 in the pair in front, which 2L has too
+    for construction, hint in (("2L", ", or use construction=L+1"), ("L+1", "")):
         with pytest.raises(LtxError, match=r"none of \d+ source rows .* within 0.0001.* raise m or epsilon") as caught:
             construct(model, construction=construction, base_set_size=13, epsilon=1e-4)
         assert str(caught.value).endswith("raise m or epsilon" + hint)

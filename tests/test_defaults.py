@@ -37,10 +37,18 @@ def default_device(device):
         torch.set_default_device(None)
 
 
+@contextlib.contextmanager
+def taken_back(device):
+    with default_device(device):
+        pass
+    yield
+
+
 SETTINGS = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "device": lambda: default_device("meta"),  # on which nothing has a value
+    "device, taken back": lambda: taken_back("meta"),
     "with device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "no_grad": torch.no_grad,

@@ -109,7 +109,7 @@ def test_onnx_without_its_packages(monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "__import__", without)
     ticket = made(*CASES[0][:1], "2L", CASES[0][2])
-    with pytest.raises(LtxError, match="pip install onnx onnxscript"):
+    with pytest.raises(LtxError, match=r"pip install 'onnx>=1\.17' 'onnxscript>=0\.6\.2'"):
         export.onnx(ticket, tmp_path / "ticket.onnx", (1, 6, 6))
     assert list(tmp_path.iterdir()) == []
 

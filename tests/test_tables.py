@@ -160,6 +160,10 @@ def test_variants_of_few_seeds_are_in_the_tables_where_there_are_no_others():
     many = pd.concat([feedback_results(usual, range(3)), feedback_results(1e-6, [0, 1])])
     assert "λ" not in tables.deep_accuracy_table(many).markdown
     assert "λ = 1e-06" in tables.deep_accuracy_table(pd.concat([many, feedback_results(1e-6, [2])])).markdown
+    other = pd.concat([many, feedback_results(1e-6, [0], activation="tanh")])
+    assert [
+        ("tanh" in row, "ReLU" in row) for row in tables.deep_accuracy_table(other).markdown.split("\n") if "λ" in row
+    ] == [(True, False)]
 
 
 def test_the_figure_of_the_trade_off_joins_tickets_that_differ_in_lambda_alone():

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ltx.report.figures import STYLE
 from ltx.report.tables import ACTIVATIONS, interval
-from ltx.report.variants import on_same_images, with_variants
+from ltx.report.variants import with_variants
 
 WITHIN = 0.5  # points: where tickets count as their target
 COLOURS = ("#e08214", "#8073ac", "#1a9850", "#35978f", "#c51b7d", "#8c510a", "#4d4d4d", "#762a83")
@@ -19,13 +19,13 @@ PLAIN = {"sampled": ("#777777", "s"), "L+1": ("#b2182b", "D"), "2L": ("#2166ac",
 def figure(results: pd.DataFrame) -> Figure:
     """Ticket minus target in points against parameters kept for each of the target's, a panel each activation.
 
-    A line joins tickets that differ in lambda alone; bars are 95 % intervals over seeds, which were evaluated on the
-    same images, as in a row of a table.
+    A line joins tickets that differ in lambda alone; bars are 95 % intervals over seeds. Of a line those
+    tickets are shown that were evaluated on as many images as most of them.
 
     Args:
         results: one row per ticket, as `result.json` has it.
     """
-    named = on_same_images(with_variants(results, everything=True))
+    named = with_variants(results, everything=True)
     named = named.assign(
         ratio=named.ticket_parameters / named.target_parameters, lost=named.ticket_accuracy - named.target_accuracy
     )
@@ -43,7 +43,9 @@ def figure(results: pd.DataFrame) -> Figure:
             axes.axhline(0, color="black", lw=0.7, ls=":")
             mine = named.loc[named.activation == name]
             for label, (colour, marker, variants) in series.items():
-                points = [mine.loc[mine.variant == variant] for variant in variants]
+                line = mine.loc[mine.variant.isin(variants)]
+                line = line.loc[line.examples == line.examples.mode().max()]  # nothing, where there is none
+                points = [line.loc[line.variant == variant] for variant in variants]
                 points = sorted((p for p in points if len(p)), key=lambda p: p.ratio.mean())
                 if points:
                     lost = [interval(p.lost) for p in points]

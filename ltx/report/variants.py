@@ -69,7 +69,7 @@ def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.Data
     if not everything:
         seeds = found.groupby(["activation", "variant"]).seed.transform("nunique")
         few = (found.selection == "feedback") & (seeds < LEAST_SEEDS)
-        found = found[~few | few.all()]
+        found = found[~few | few.groupby(found.activation).transform("all")]
     return cast(pd.DataFrame, found.drop(columns="_place"))
 
 
