@@ -1,4 +1,4 @@
-"""numba.njit, whose machine code is kept for the next process where there is a folder for it."""
+"""numba.njit: machine code that is kept for the next process, in PyTorch's number of threads, in threads and forks."""
 
 from __future__ import annotations
 

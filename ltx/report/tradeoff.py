@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ltx.report.figures import STYLE
 from ltx.report.tables import ACTIVATIONS, interval
-from ltx.report.variants import with_variants
+from ltx.report.variants import on_same_images, with_variants
 
 WITHIN = 0.5  # points: where tickets count as their target
 COLOURS = ("#e08214", "#8073ac", "#1a9850", "#35978f", "#c51b7d", "#8c510a", "#4d4d4d", "#762a83")
@@ -33,6 +33,8 @@ def figure(results: pd.DataFrame) -> Figure:
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     series = _series(named)
+    line = {variant: label for label, (_, _, variants) in series.items() for variant in variants}
+    named = on_same_images(named.assign(line=named.variant.map(line)), of="line")
     with matplotlib.rc_context(STYLE):
         result = Figure(figsize=(5.2 * columns, 3.2 * rows + 1.0), layout="constrained")
         panels = result.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
@@ -43,9 +45,7 @@ def figure(results: pd.DataFrame) -> Figure:
             axes.axhline(0, color="black", lw=0.7, ls=":")
             mine = named.loc[named.activation == name]
             for label, (colour, marker, variants) in series.items():
-                line = mine.loc[mine.variant.isin(variants)]
-                line = line.loc[line.examples == line.examples.mode().max()]  # nothing, where there is none
-                points = [line.loc[line.variant == variant] for variant in variants]
+                points = [mine.loc[mine.variant == variant] for variant in variants]
                 points = sorted((p for p in points if len(p)), key=lambda p: p.ratio.mean())
                 if points:
                     lost = [interval(p.lost) for p in points]

@@ -73,7 +73,7 @@ def with_variants(results: pd.DataFrame, *, everything: bool = False) -> pd.Data
     return cast(pd.DataFrame, found.drop(columns="_place"))
 
 
-def on_same_images(named: pd.DataFrame) -> pd.DataFrame:
-    """Of results with a column `variant` those on as many images as most of their variant, of equals the larger."""
-    usual = named.groupby(["activation", "variant"]).examples.transform(lambda many: many.mode().max())
+def on_same_images(named: pd.DataFrame, of: str = "variant") -> pd.DataFrame:
+    """Results on as many images as most of those of their activation and their `of`; of equals the larger number."""
+    usual = named.groupby(["activation", of]).examples.transform(lambda many: many.mode().max())
     return cast(pd.DataFrame, named[named.examples == usual])
