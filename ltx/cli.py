@@ -166,7 +166,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
 
     config.register()
     if {"--multirun", "-m"} & set(overrides) and (empty := _without_values(overrides)):
-        return _fail(f"{empty}: has no values, so that there is nothing to do")
+        return _fail(empty)
     failures: list[str] = []
 
     def job(cfg: DictConfig) -> None:
@@ -219,18 +219,26 @@ def _hydra(command: str, overrides: list[str]) -> int:
 
 
 def _without_values(overrides: list[str]) -> str | None:
-    """An override of a sweep that has no values, so that there would be nothing to do."""
+    """What to say of an override of a sweep that has no values, so that there would be nothing to do."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
+    elsewhere = {a.split("=")[0] for a in overrides} & {"--config-dir", "-cd", "--config-path", "-cp"}
     for text in filter(_OVERRIDE.match, overrides):
         try:
             override = parser.parse_override(text)
         except HydraException:  # which the command itself will say
             continue
         if override.is_range_sweep() and next(iter(override.sweep_iterator()), None) is None:
-            return text
+            return f"{text}: has no values, so that there is nothing to do"
+        pattern = override.value()
+        if isinstance(pattern, Glob) and not elsewhere:
+            names = sorted(file.stem for file in (conf_dir() / override.key_or_group).glob("*.yaml"))
+            if not pattern.filter(names):
+                of = f"it has {', '.join(names)}" if names else "glob() finds files of conf/; list values as A,B"
+                return f"{text}: has no values, so that there is nothing to do; {of}"
     return None
 
 

@@ -162,10 +162,24 @@ def test_multirun_goes_on_after_a_failure_and_says_so(outputs, ltx):
     )
 
 
-def test_a_sweep_without_values_is_not_done(ltx):
-    status, out, err = ltx("construct", "--multirun", *SMOKE, "seed=range(3,0)")
+@pytest.mark.parametrize(
+    ("sweep", "hint"),
+    [
+        ("seed=range(3,0)", "nothing to do"),
+        ("protocol=glob(zz*)", "it has paper, quick, smoke"),
+        ("activation=glob(t*)", "list values as A,B"),
+    ],
+)
+def test_a_sweep_without_values_is_not_done(sweep, hint, ltx):
+    status, out, err = ltx("construct", "--multirun", *SMOKE, sweep)
     assert (status, out) == (1, "")
-    assert "seed=range(3,0): has no values" in one_line(err)
+    assert f"{sweep}: has no values" in one_line(err)
+    assert hint in err
+
+
+def test_a_glob_that_finds_files_is_a_sweep(outputs, ltx):
+    status, out, _ = ltx("construct", "--multirun", *SMOKE, "protocol=glob(smo*)", output_dir=outputs)
+    assert (status, len(out.splitlines())) == (0, 1)
 
 
 def test_a_given_checkpoint(outputs, ltx, tmp_path):
