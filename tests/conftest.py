@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
-from ltx import cli
+from ltx import cli, config
 from ltx.activations import ACTIVATIONS
 from ltx.constructions.choice import Signals, Visits
 from ltx.data import Split
@@ -24,6 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def _seeded():
     """Layers that a test makes have the same parameters whichever tests the worker ran before."""
     torch.manual_seed(0)
+
+
+def settings(*overrides: str) -> config.Settings:
+    """Checked settings, as a command gets them."""
+    config.register()
+    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+        return config.settings_from(compose("config", list(overrides)))
 
 
 def small_cnn(activation: str, *, seed: int = 0, density: float = 0.3, channels: int = 4, size: int = 6, bias=True):

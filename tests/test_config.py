@@ -1,18 +1,9 @@
 """Ranges of settings: what lies at their ends serves, what lies just beyond does not."""
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from conftest import settings
 
-from ltx import config
-from ltx.cli import conf_dir
 from ltx.errors import LtxError
-
-
-def _composed(*overrides: str) -> DictConfig:
-    config.register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", list(overrides))
 
 
 @pytest.mark.parametrize(
@@ -61,10 +52,10 @@ def test_the_ends_of_a_range(name, served, refused):
     serving = ["selection=feedback"] if name.startswith("feedback") else []
     named = "target.density" if "densities" in name else name
     for value in served:
-        config.settings_from(_composed(*serving, f"{name}={value}")).require_solvable()
+        settings(*serving, f"{name}={value}").require_solvable()
     for value in refused:
         with pytest.raises(LtxError, match=f"^{named}(=| is empty)"):
-            config.settings_from(_composed(*serving, f"{name}={value}")).require_solvable()
+            settings(*serving, f"{name}={value}").require_solvable()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +75,7 @@ def test_the_ends_of_a_range(name, served, refused):
 )
 def test_settings_without_a_meaning_together(overrides, message):
     with pytest.raises(LtxError, match=message):
-        config.settings_from(_composed(*overrides))
+        settings(*overrides)
     for alone in overrides:
         if not alone.startswith("feedback."):
-            config.settings_from(_composed(alone))
+            settings(alone)

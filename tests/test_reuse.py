@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SMOKE, last_line, one_line
+from conftest import ROOT, SMOKE, last_line, one_line, settings
 
 from ltx import Ticket
 from ltx.files import read_tensors, write_tensors, write_text
+from ltx.tasks import targets_at
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
@@ -22,6 +23,24 @@ def test_kept_targets_serve_the_default_settings(ltx, tmp_path, activation):
     assert last_line(out).is_file()
     status, out, err = ltx("train-target", "target=mnist", f"activation={activation}", output_dir=tmp_path)
     assert (status, "there already" in err) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "serves"),
+    [
+        ("protocol.epochs=3", True),  # as it was trained; quick is for 2
+        ("protocol.epochs=4", False),
+        ("protocol.rounds=11", False),
+        ("protocol.name=paper", False),
+        ("target.batch_size=255", False),
+        ("target.density=0.2", False),
+        ("target.seed=1", False),
+        ("use_reference=false", False),
+    ],
+)
+def test_a_kept_target_serves_what_asks_for_no_more(given, serves, tmp_path):
+    found = targets_at.find(settings("target=mnist", given, f"output_dir={tmp_path}"))
+    assert found == (ROOT / "outputs/reference/targets/mnist-relu.safetensors" if serves else None)
 
 
 def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_path):
