@@ -1,14 +1,17 @@
 """Tables 1 and 2: intervals, the paper's values, three formats."""
 
 import io
+import json
 import math
 from dataclasses import fields
 
 import pandas as pd
 import pytest
+from conftest import settings
 
 from ltx.feedback import IMAGES, Feedback
 from ltx.report import deviation, tables, tradeoff
+from ltx.tasks import tables as task
 
 
 def results(data="mnist", n=10):
@@ -256,3 +259,71 @@ def test_table_4_has_the_papers_ratio():
     assert row.ratio == pytest.approx(3_900_024.5 / 116_094)
     assert math.isnan(row.source)
     assert frame.loc[("sigmoid", "explicit 2L")].source == 141e6
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "sums"),
+    [
+        ("target=mnist", "", ""),
+        ("target=resnet22", "", ""),
+        ("target=digits", "-digits", ""),
+        ("target=mnist data=digits", "-mnist", ""),
+        ("target=mnist target.checkpoint=a/mine.pt", "-mine", ""),
+        ("target=resnet22 target.checkpoint=a/mine.pt", "-mine", ""),
+        ("target.module=a.b:small", "-small-mnist", ""),
+        ("target=mnist head=construct", "-construct", ""),
+        ("target=resnet22 head=keep scaling=layer_max batch_norm=fold", "-keep-layer_max-fold", ""),
+        ("target=digits pair.kernel=3 pair.stride=first", "-digits-pair3-strided", ""),
+        ("target=mnist m=12", "", "-m12-eps0.01"),
+        ("target=mnist epsilon=0.001", "", "-m15-eps0.001"),
+        ("target=mnist selection=best", "", "-best"),
+        ("target=mnist selection=feedback m=12", "", "-m12-eps0.01-feedback"),
+    ],
+)
+def test_tables_of_other_tickets_have_files_of_their_own(given, kind, sums):
+    """Those of the paper's targets and tickets have the plain names."""
+    found = settings(*given.split())
+    assert (task._kind(found), task._sums(found)) == (kind, sums)
+
+
+ENTRY = {
+    "kind": "explicit", "seed": 0, "base_set_size": 15, "epsilon": 0.01, "selection": "smallest", "head": "keep",
+    "scaling": "unit", "batch_norm": "keep", "target_sha256": "a", "data": "mnist",
+}  # fmt: skip
+SAMPLED = {key: ENTRY[key] for key in ("seed", "base_set_size", "epsilon", "selection", "head", "target_sha256")}
+
+
+@pytest.mark.parametrize(
+    ("entry", "smallest", "best", "any_sums"),  # in the tables of that selection, in the figure of deviations
+    [
+        (ENTRY, True, False, True),
+        (ENTRY | {"selection": "best"}, False, True, True),
+        (ENTRY | {"selection": "feedback"}, True, False, True),
+        (ENTRY | {"selection": "feedback", "scaling": "layer_max", "base_set_size": 9}, True, False, True),
+        (ENTRY | {"selection": "feedback", "head": "construct"}, False, False, False),
+        (ENTRY | {"selection": "feedback", "epsilon": 0.1}, False, False, True),
+        (ENTRY | {"base_set_size": 12}, False, False, True),
+        (ENTRY | {"epsilon": 0.1}, False, False, True),
+        (ENTRY | {"head": "construct"}, False, False, False),
+        (ENTRY | {"scaling": "layer_max"}, False, False, False),
+        (ENTRY | {"batch_norm": "fold"}, False, False, False),
+        (ENTRY | {"pair_kernel": 3}, False, False, False),
+        (ENTRY | {"pair_stride": "first"}, False, False, False),
+        (ENTRY | {"target_sha256": "b"}, False, False, False),
+        (ENTRY | {"data": "digits"}, False, False, False),
+        (ENTRY | {"seed": None}, False, False, False),
+        (SAMPLED, True, False, True),
+        (SAMPLED | {"head": "construct"}, False, False, False),
+        (SAMPLED | {"base_set_size": 12}, False, False, True),
+        ([ENTRY], False, False, False),
+    ],
+)
+def test_which_results_are_in_a_table(entry, smallest, best, any_sums, tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(entry))
+    digests = {"a": {"data": "mnist"}}
+    for selection, expected in (("smallest", smallest), ("best", best)):
+        found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests)
+        assert found == [entry] * expected
+        found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests, any_sums=True)
+        assert found == [entry] * any_sums

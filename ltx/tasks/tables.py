@@ -30,8 +30,7 @@ _MEASURED = (  # the numbers of a result
 
 def run(settings: Settings) -> Path:
     """Write the tables and print them; the folder that holds them."""
-    own = settings.target.module
-    deep = settings.target.network == "resnet22" and not own
+    deep = settings.target.network == "resnet22" and not settings.target.module
     digests = _targets(settings)
     measured = _entries(_result_files(settings), settings, digests, _MEASURED)
     results = pd.DataFrame([r for r in measured if deep or r.get("kind") == "explicit"])
@@ -45,19 +44,12 @@ def run(settings: Settings) -> Path:
             "eval (with a limit, say the same one here), or all of them with make paper-tables"
         )
     folder = Path(settings.output_dir) / "tables"
-    usual = settings.data.name == "mnist" or settings.target.name == "resnet22"
-    usual = usual and not (own or settings.target.checkpoint)
-    suffix = "" if usual else f"-{_name(settings)}"
-    suffix += _kind(settings)
-    figure = folder / f"deviation{suffix}"  # of every m and epsilon
-    if (settings.m, settings.epsilon) != (15, 0.01):
-        suffix += f"-m{settings.m}-eps{settings.epsilon!r}"  # beside those with the paper's
+    kind = _kind(settings)
+    suffix = kind + _sums(settings)
     made = (
         {3: tables.deep_accuracy_table(results), 4: tables.deep_parameter_table(results)} if deep
         else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
     )  # fmt: skip
-    if settings.selection.value != "smallest":
-        suffix += f"-{settings.selection.value}"
     note = tables.failure_note(failed, usual_size(results))
     if settings.target.input_range:
         note += " Elements of inputs between {:g} and {:g}.".format(*settings.target.input_range)
@@ -69,7 +61,7 @@ def run(settings: Settings) -> Path:
     plain = results.drop(columns=["settings", "target", "input_range"], errors="ignore").dropna(axis=1, how="all")
     write_text(folder / f"results{network}{suffix}.csv", plain.to_csv(index=False))
     if deep:
-        _deviation_figure(settings, digests, figure)
+        _deviation_figure(settings, digests, folder / f"deviation{kind}")
         if (results.selection == "feedback").any():
             figures.save(tradeoff.figure(results), folder / f"tradeoff{suffix}")
     for table in made.values():
@@ -77,16 +69,23 @@ def run(settings: Settings) -> Path:
     return folder
 
 
-def _name(settings: Settings) -> str:
-    t = settings.target
-    return paths.own_name(settings) or (Path(t.checkpoint).stem if t.checkpoint else t.name)
-
-
 def _kind(settings: Settings) -> str:
-    """What of the target is approximated and by what source, where that is not as usual: tables of their own."""
-    kind = "" if settings.head.value == settings.target.head.value else f"-{settings.head.value}"
+    """What of which target is approximated and by what source, where that is not as in the paper's tables."""
+    t = settings.target
+    usual = settings.data.name == "mnist" or t.name == "resnet22"
+    usual = usual and not (t.module or t.checkpoint)
+    name = paths.own_name(settings) or (Path(t.checkpoint).stem if t.checkpoint else t.name)
+    kind = "" if usual else f"-{name}"
+    kind += "" if settings.head.value == t.head.value else f"-{settings.head.value}"
     kind += "" if settings.scaling.value == "unit" else f"-{settings.scaling.value}"
     return kind + paths.kind_of(settings)
+
+
+def _sums(settings: Settings) -> str:
+    """How subsets are chosen, where that is not as in the paper's tables."""
+    usual = (settings.m, settings.epsilon) == (15, 0.01)
+    sums = "" if usual else f"-m{settings.m}-eps{settings.epsilon!r}"
+    return sums + ("" if settings.selection.value == "smallest" else f"-{settings.selection.value}")
 
 
 def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Path) -> None:
