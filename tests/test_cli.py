@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, SMOKE, last_line, one_line, small_cnn
 
-from ltx import Ticket, cli
+from ltx import Ticket, cli, data
+from ltx.files import read_tensors
 from ltx.help import SETTINGS, SUMS
 
 
@@ -127,11 +128,28 @@ def test_train_construct_eval_verify_tables(outputs, ltx):
     assert result["examples"] == 360
     assert result["max_parameter_error"] <= 0.01
     assert abs(result["ticket_accuracy"] - result["target_accuracy"]) < 2
+    said = read_tensors(outputs / "targets/digits-relu-smoke-seed0/target.safetensors")[1]
+    assert float(said["accuracy"]) == pytest.approx(result["target_accuracy"], abs=1e-3)  # of the same test images
 
     status, out, err = ltx("tables", *SMOKE, output_dir=outputs)
     assert status == 0
     folder = last_line(out)
     assert {p.name for p in folder.iterdir()} >= {f"table{n}-digits.{e}" for n in (1, 2) for e in ("csv", "md", "tex")}
+
+
+def test_training_sees_no_test_image(ltx, monkeypatch, tmp_path):
+    seen = []
+
+    def train(model, train_split, test_split, *_, **__):
+        seen.extend([train_split, test_split])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ltx.training.train", train)
+    assert ltx("train-target", *SMOKE)[0] == 130
+    assert [len(split) for split in seen] == [1437, 360]
+    wanted = [data.load("digits", train=train) for train in (True, False)]
+    assert all(torch.equal(split.images, want.images) for split, want in zip(seen, wanted, strict=True))
+    assert not (seen[0].images.flatten(1)[:, None] == seen[1].images.flatten(1)[:9]).all(2).any()
 
 
 def test_the_same_seed_gives_the_same_file(outputs, ltx, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, SMOKE, last_line, one_line, settings
 
-from ltx import Ticket
-from ltx.files import read_tensors, write_tensors, write_text
+from ltx import Ticket, training
+from ltx.files import read_tensors, tensor_hash, write_tensors, write_text
 from ltx.tasks import targets_at
 
 
@@ -23,6 +23,32 @@ def test_kept_targets_serve_the_default_settings(ltx, tmp_path, activation):
     assert last_line(out).is_file()
     status, out, err = ltx("train-target", "target=mnist", f"activation={activation}", output_dir=tmp_path)
     assert (status, "there already" in err) == (0, True)
+
+
+def test_training_that_was_interrupted_goes_on_or_with_force_begins_anew(outputs, ltx, monkeypatch, tmp_path):
+    plain = training.train
+
+    def interrupted(*args, on_progress, **keywords):
+        def show(progress):
+            on_progress(progress)
+            if progress.round == 2:
+                raise KeyboardInterrupt
+
+        return plain(*args, on_progress=show, **keywords)
+
+    begun = tmp_path / "targets" / "digits-relu-smoke-seed0" / "round.safetensors"
+    for again, goes_on in (((), True), (("force=true",), False)):
+        monkeypatch.setattr(training, "train", interrupted)
+        assert ltx("train-target", *SMOKE, *again)[0] == 130
+        assert begun.is_file()
+        monkeypatch.setattr(training, "train", plain)
+        status, out, err = ltx("train-target", *SMOKE, *again)
+        assert (status, f"going on from {begun}" in err) == (0, goes_on)
+        assert ("round 1/2" in err, "round 2/2" in err) == (not goes_on, True)
+        assert not begun.exists()
+        assert tensor_hash(read_tensors(last_line(out))[0]) == tensor_hash(
+            read_tensors(outputs / last_line(out).relative_to(tmp_path))[0]
+        )
 
 
 @pytest.mark.parametrize(
