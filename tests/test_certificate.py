@@ -5,11 +5,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import images, one_line, randomise, small_cnn, small_resnet
+from conftest import images, one_line, randomise, settings, small_cnn, small_resnet
 from test_dags import ODD
 from torch import nn
 
-from ltx import LtxError, construct, theory
+from ltx import LtxError, Ticket, construct, theory
 from ltx.activations import ACTIVATIONS
 from ltx.adversary import ascend
 from ltx.certificates import certify
@@ -20,6 +20,7 @@ from ltx.graph import run, trace
 from ltx.intervals import Interval
 from ltx.report import certificate as report
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
+from ltx.tasks import targets_at
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "elu", "hardtanh"])
@@ -227,6 +228,11 @@ def test_the_command(construction, ltx, tmp_path):
     assert found["measured"] < found["certificate"]
     assert found["ascent"] < found["certificate"] <= found["plain"] <= found["theorem"]
     assert found["over_the_data"] <= found["certificate"]
+    ticket, model = Ticket.load(path), targets_at.load(settings(*given, f"output_dir={tmp_path}")).model
+    assert found["theorem"] == theory.ticket_error(  # the head is kept, its errors are none
+        trace(model), dict.fromkeys(trace(model).layers, 0.01), dict.fromkeys(trace(model).layers, 15),
+        construction=construction, head="keep", scaling="unit", input_range=(ticket.input_low, ticket.input_high),
+    )  # fmt: skip
     assert written.with_suffix(".png").is_file()
     table = out
     given = ("certify", str(path), "certify.starts=20", "certify.steps=20")

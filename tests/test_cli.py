@@ -42,6 +42,8 @@ def test_command_help_lists_the_settings(command, ltx):
     assert "output_dir=outputs" in out
     assert ("pair.kernel=1" in out) == ("target.checkpoint=null" in out) == (of_targets and command != "train-target")
     assert ("sampled" in out) == (of_targets and command not in ("train-target", "bounds"))
+    assert ("[TICKET ...]" in out) == (command in ("eval", "verify", "certify", "export"))
+    assert ("a trained target is found by" in out) == (of_targets and command != "train-target")
 
 
 def test_help_states_the_settings_as_they_are(ltx):

@@ -9,8 +9,8 @@ import torch
 from conftest import one_line
 from torch.nn.utils import prune
 
-from ltx import data
-from ltx.graph import trace
+from ltx import data, theory
+from ltx.graph import fold_batch_norm, trace
 from ltx.targets import imported
 from ltx.ticket import Ticket
 
@@ -108,6 +108,24 @@ def test_the_command(own, ltx, tmp_path):
     assert json.loads(path.with_name("result.json").read_text())["network"] == f"{own}:make"
     again = [str(path), "target=digits", f"target.module={own}:make"]
     assert ltx("verify", *again)[0] == 0
+
+
+def test_bounds_are_of_the_network_that_is_approximated(own, ltx):
+    """Batch norm is a layer of it, or folded into the convolution."""
+    given = ("bounds", "target=digits", f"target.module={own}:make", "scaling=layer_max", "m=20")
+    graph = trace(imported(f"{own}:make"))
+    for kind, approximated in (("keep", graph), ("fold", fold_batch_norm(graph))):
+        status, out, err = ltx(*given, f"batch_norm={kind}")
+        assert status == 0, err
+        table = pd.read_csv(out.splitlines()[-1])
+        assert table.columns[0] == "layer"
+        assert (table.used_width > 0).all()
+        found = theory.guarantee(
+            approximated, 0.1, 0.05, construction="L+1", input_range=data.dataset_spec("digits").input_range,
+            head="keep", scaling="layer_max",
+        )  # fmt: skip
+        assert table.allowed.tolist() == pytest.approx([layer.allowed for layer in found.layers])
+    assert graph.normalised
 
 
 @pytest.mark.parametrize("kind", ["plain", "masks", "prune", "parallel"])

@@ -69,6 +69,33 @@ def test_a_kept_target_serves_what_asks_for_no_more(given, serves, tmp_path):
     assert found == (ROOT / "outputs/reference/targets/mnist-relu.safetensors" if serves else None)
 
 
+def test_a_target_depends_on_its_seed_alone(outputs, ltx):
+    torch.manual_seed(9)  # whatever the process drew before
+    found = []
+    for given in ((), ("target.seed=1",)):
+        status, out, _ = ltx("train-target", *SMOKE, *given)
+        assert status == 0
+        found.append(tensor_hash(read_tensors(last_line(out))[0]))
+    first = tensor_hash(read_tensors(outputs / "targets/digits-relu-smoke-seed0/target.safetensors")[0])
+    assert found[0] == first != found[1]
+
+
+def test_what_lies_in_the_place_of_a_ticket_has_to_be_that_ticket(outputs, ltx, tmp_path):
+    shutil.copytree(outputs, tmp_path, dirs_exist_ok=True)
+    folder = next((tmp_path / "tickets").glob("*/*"))
+    ticket = folder / "ticket.safetensors"
+    whole = ticket.read_bytes()
+    shutil.copytree(folder, folder.with_name(folder.name.replace("seed0", "seed3")))  # of another seed
+    status, out, err = ltx("construct", *SMOKE, "seed=3")
+    assert (status, "there already" in err, Ticket.load(last_line(out)).seed) == (0, False, 3)
+    tensors, said = read_tensors(ticket)
+    tensors["2.slots"] = tensors["2.slots"] + 1  # no subnetwork that approximates anything
+    write_tensors(ticket, tensors, said)
+    status, out, err = ltx("construct", *SMOKE)
+    assert (status, "there already" in err) == (0, False)
+    assert ticket.read_bytes() == whole
+
+
 def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_path):
     """As after a copy of the ticket alone: tables need to know how it was made."""
     target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"

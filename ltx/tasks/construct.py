@@ -152,7 +152,7 @@ def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
         same = all(getattr(ticket, name) == value for name, value in wanted.items())
         if same and ticket.feedback:
             same = asdict(settings.feedback).items() <= json.loads(ticket.feedback).items()
-        return same and verify(ticket).ok
+        return same and verify(ticket, target.graph).ok
     except CheckpointError as error:
         log.info("%s; constructing it again", error)
         return False
