@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: setup  ## train, prune, construct, verify and evaluate on embedded digits, in a few minutes
+demo: setup  ## train, prune, construct, verify and evaluate on embedded digits, in about half a minute
 	$(LTX) train-target --multirun $(DEMO) activation=relu,tanh
 	$(LTX) construct --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
 	$(LTX) verify --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2

@@ -268,6 +268,8 @@ def _line(error: BaseException) -> str:
     line = " ".join(kept) or type(error).__name__
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {line}; settings are KEY=VALUE, with quotes around a VALUE of special characters"
+    if "Could not find 'hydra/launcher/" in line:
+        line += "; install its plugin in ltx's clone: pip install -e '.[joblib]' (or slurm, ray)"
     return line + (f"; {SEE_HELP}" if isinstance(cause, ConfigAttributeError) else "")
 
 

@@ -196,7 +196,8 @@ class Ticket:
             raise CheckpointError(f"ticket {path}: cannot be read ({error}); is it whole?") from error
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
-                f"ticket {path}: format '{metadata.get('format')}' is not {FORMAT}; is it a target, not a ticket?"
+                f"ticket {path}: format '{metadata.get('format')}' is not {FORMAT}; name the ticket.safetensors that "
+                "ltx construct has written, not a target or an export"
             )
         try:
             return cls._parse(metadata, tensors)

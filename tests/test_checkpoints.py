@@ -111,6 +111,18 @@ def test_missing_truncated_and_foreign_files(tmp_path):
         read_checkpoint(tmp_path / "b.pt")
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_state_dicts_beside_what_a_training_loop_saves(key, tmp_path):
+    state = fresh().state_dict()
+    more = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
+    torch.save({key: state, **more}, tmp_path / "a.pt")
+    assert tensor_hash(read_checkpoint(tmp_path / "a.pt").state) == tensor_hash(state)
+    for other in ({key: state, "state_dict": state, "model": state, **more}, {"ema": state, **more}):  # which one?
+        torch.save(other, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match="not a state dict of tensors"):
+            read_checkpoint(tmp_path / "a.pt")
+
+
 def test_other_networks_shapes_nan_and_masks(tmp_path):
     path = tmp_path / "a.pt"
     torch.save(torch.nn.Linear(2, 2).state_dict(), path)

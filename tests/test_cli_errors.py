@@ -67,6 +67,10 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(ltx, comma
         (["train-target", "target.bound=1e300"], "target.bound=1e+300: must be a positive number below 1e38"),
         (["bounds", "bounds.uniform=1e300"], "bounds.uniform=1e+300: must be a positive number, at most 10,000"),
         (["subset-sum", "theta=1e300"], "theta=1e+300: must be a number of at most 1e100 in magnitude"),
+        (
+            ["construct", "--multirun", "hydra/launcher=none"],
+            "install its plugin in ltx's clone: pip install -e '.[joblib]'",
+        ),
         (["construct", "target=null"], "Got NoneType; ltx COMMAND --help lists the settings"),
         (["construct", "--multirun", "m=3,4", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
     ],
@@ -139,7 +143,7 @@ def test_a_target_of_the_wrong_format_is_no_ticket(ltx, tmp_path):
     write_tensors(path, {"0.weight": torch.zeros(1)}, {"format": "ltx-target/1"})
     status, _, err = ltx("verify", str(path))
     assert status == 1
-    assert "a target, not a ticket" in one_line(err)
+    assert "name the ticket.safetensors that ltx construct has written, not a target" in one_line(err)
 
 
 @pytest.mark.parametrize(

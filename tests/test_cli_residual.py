@@ -94,7 +94,7 @@ def test_feedback_from_construction_to_tables(residual, ltx):
     assert ltx("eval", *made)[0] == 0
     status, _, err = ltx("verify", *settings, *quick, "seed=1")
     assert status == 0
-    assert "none within a bound" in err
+    assert "with no bound on their errors" in err
     assert "rows on the calibration images are as claimed" in err
     path = next(folder.glob("tickets/*/2L-*feedback-n200-i32-k2-s4-f3-p5e-08-r1.5-w0.5-*seed1/result.json"))
     result = json.loads(path.read_text())

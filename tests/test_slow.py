@@ -11,6 +11,7 @@ from conftest import some
 from safetensors import safe_open
 
 from ltx import construct, data, verify
+from ltx.errors import UnsolvedError
 from ltx.evaluation import compare, outputs
 from ltx.graph import trace
 from ltx.paths import reference_dir
@@ -58,17 +59,22 @@ def test_a_killed_training_continues_to_the_same_target(tmp_path):
 
 
 @pytest.mark.mnist
-@pytest.mark.parametrize(("activation", "construction"), [("relu", "L+1"), ("sigmoid", "L+1"), ("relu", "2L")])
-def test_constructed_head_on_mnist(mnist_root, activation, construction):
-    """25,000 parameters in ten rows: m = 15 has no row that works, m = 20 does (README, limits)."""
+@pytest.mark.parametrize(
+    ("activation", "construction", "m"), [("relu", "L+1", 15), ("sigmoid", "L+1", 20), ("relu", "2L", 20)]
+)
+def test_constructed_head_on_mnist(mnist_root, activation, construction, m):
+    """25,000 parameters in ten rows (README, limits): m = 15 is enough in L+1, and too little in 2L."""
     checkpoint = read_checkpoint(reference_dir() / "targets" / f"mnist-{activation}.safetensors")
     spec = data.dataset_spec("mnist")
     model = load_into(build("mnist_cnn", activation, shape=spec.shape, classes=10), checkpoint, network="mnist_cnn")
     ticket = construct(
-        model, construction=construction, base_set_size=20, head="construct", input_range=spec.input_range
+        model, construction=construction, base_set_size=m, head="construct", input_range=spec.input_range
     )
     assert verify(ticket, trace(model)).ok
     assert not ticket.given  # nothing but pruned random parameters
     split = some(data.load("mnist", train=False, root=mnist_root), 2000)
     measured = compare(outputs(model, split.images), ticket.to_module(), split)
     assert abs(measured.ticket_accuracy - measured.target_accuracy) < 0.5
+    if construction == "2L":
+        with pytest.raises(UnsolvedError, match="none of 10 source rows"):
+            construct(model, construction="2L", base_set_size=15, head="construct", input_range=spec.input_range)

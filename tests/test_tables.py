@@ -103,6 +103,19 @@ def test_the_papers_values_stay_with_mnist():
     assert "±" not in table.markdown
 
 
+def test_the_papers_values_stay_with_a_kept_head():
+    for table in (tables.accuracy_table, tables.parameter_table):
+        assert "paper" in table(results()).csv
+        assert "paper" not in table(results().assign(head="construct")).csv
+
+
+def test_the_note_says_how_targets_were_trained():
+    assert "training" not in tables.accuracy_table(results()).note
+    trained = results()
+    trained["target_training"] = trained.activation.map({"relu": "quick, 12 x 3 epochs", "sigmoid": None})
+    assert "test images; training of the targets: quick, 12 x 3 epochs." in tables.accuracy_table(trained).note
+
+
 def test_activations_that_the_paper_has_not():
     others = results().replace({"activation": {"relu": "elu"}})
     for make in (tables.accuracy_table, tables.parameter_table):

@@ -184,7 +184,7 @@ def test_files_that_are_no_tickets(tmp_path, ticket):
     from ltx.files import write_tensors
 
     write_tensors(path, {"x": torch.zeros(2)}, {"format": "ltx-target/1"})
-    with pytest.raises(CheckpointError, match="a target, not a ticket"):
+    with pytest.raises(CheckpointError, match="not a target or an export"):
         Ticket.load(path)
     write_tensors(path, {"x": torch.zeros(2)}, {"format": "ltx-ticket/1", "seed": "0"})
     with pytest.raises(CheckpointError, match="damaged metadata"):

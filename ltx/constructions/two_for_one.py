@@ -195,6 +195,7 @@ def _copy_layer(
     if step.biased and place.stream is None and not first:
         raise ConstructionError(
             f"layer {name}: reads the image and has biases, but is not the first layer, which alone can make constants"
+            "; give it bias=False"
         )
     read = above(weight, epsilon).any(0).any(1)  # (C_in * P,)
     by_channel = read.view(-1, len(positions))

@@ -216,8 +216,9 @@ def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> No
             return Node(name, "activation", inputs, activation=_activation(name, family, values))
     if isinstance(module, nn.Softmax | nn.LogSoftmax):
         raise refuse(name, type(module).__name__, _LEAVE_OUT)
-    known = "Conv2d, Linear, BatchNorm2d, Flatten, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, " + ", ".join(
-        family.module.__name__ for family in FAMILIES.values()
+    known = (
+        "Conv2d, Linear, BatchNorm1d, BatchNorm2d, Flatten, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, "
+        + ", ".join(family.module.__name__ for family in FAMILIES.values())
     )
     raise refuse(name, type(module).__name__, f"not supported; there are {known}")
 

@@ -103,7 +103,7 @@ def _ratio(ticket: float, target: float) -> float:
 def _table(results, paper, target_column, ticket_column, relation, relate, *, digits, sign, title) -> Table:
     numbers, shown, images = [], [], []
     first = results.iloc[0]
-    on_paper = (first.data, first.network) == ("mnist", "mnist_cnn")
+    on_paper = (first.data, first.network, first["head"]) == ("mnist", "mnist_cnn", "keep")  # as the paper does
     places = f".{digits}f"
     for activation, construction, mine in _variants(results):
         label = label_of(activation)
@@ -138,8 +138,9 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
     on = f"{images[0]} test images" if len(set(images)) == 1 else "fixed random test images, where not all are"
     note = (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {usual_size(results)}, epsilon = "
-        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}{_built(results)}; {first.data}, {on}. "
-        f"Explicit tickets, each verified against its source and its target.{_left_out(results)}"
+        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}{_built(results)}; {first.data}, "
+        f"{on}{_trained(results)}. "
+        f"Explicit tickets, each verified against its source and its target.{left_out(results)}"
     )
     return Table(title, note, pd.DataFrame(numbers), pd.DataFrame(shown))
 
@@ -233,7 +234,13 @@ def _variants(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
             yield activation, name, mine.loc[mine.variant == name]
 
 
-def _left_out(results: pd.DataFrame) -> str:
+def _trained(results: pd.DataFrame) -> str:
+    """How the targets were trained, for a note; nothing where their files do not say."""
+    said = sorted(set(results.target_training.dropna())) if "target_training" in results else []
+    return f"; training of the targets: {' or '.join(said)}" if said else ""
+
+
+def left_out(results: pd.DataFrame) -> str:
     """Says how many results were on other images than those of their row."""
     named = with_variants(results)
     many = len(named) - len(on_same_images(named))
@@ -282,7 +289,7 @@ def _deep_note(results: pd.DataFrame) -> str:
         "subset-sum problems, and an L+1 ticket's parameters are estimated; that is what the paper reports. Explicit: "
         f"masks on a random source, each verified against its source and its target{how}. Fewer than 10000 images are "
         "a fixed random subset, for the target too; the target's parameters are those above epsilon of the layers that "
-        f"are approximated; errors are not sampled for the projection shortcuts.{_left_out(results)}"
+        f"are approximated; errors are not sampled for the projection shortcuts.{left_out(results)}"
     )
 
 

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a `.safetensors` target (dense or packed) or a Synaptic-Flow `.pt`.
+    """Read a `.safetensors` target (dense or packed) or a Synaptic-Flow `.pt`, also where a `.pt` holds more than it.
 
     Raises:
         CheckpointError: missing, unreadable, truncated, not a state dict, or with NaN or infinite entries.
@@ -62,7 +63,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({reason}); is it whole?") from error
     except Exception as error:  # safetensors raises a bare class of its own
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); is it whole?") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    state = _unwrapped(state)
+    if not _is_state(state):
         raise CheckpointError(
             f"checkpoint {path}: not a state dict of tensors; save model.state_dict(), or use ltx train-target"
         )
@@ -70,6 +72,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"checkpoint {path}: '{name}' has NaN or infinite entries")
     return Checkpoint(path, dict(state), metadata)
+
+
+def _is_state(found: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
+
+
+def _unwrapped(found: object) -> object:
+    """The one state dict in what training loops save beside epoch and optimizer; else what there is."""
+    if not isinstance(found, Mapping) or _is_state(found):
+        return found
+    inner = [found[key] for key in ("state_dict", "model_state_dict", "model") if _is_state(found.get(key))]
+    return inner[0] if len(inner) == 1 else found
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -44,7 +44,10 @@ def run(settings: Settings) -> Path:
     require_writable(folder)
     cells = [(selection, m) for selection in ("smallest", "best") for m in SIZES]
     last: dict[tuple[str, str], tuple[int, float]] = {}
-    for selection, m in tqdm(cells, desc="bench", unit="cell", disable=None, leave=False):
+    bar = tqdm(cells, desc="bench", unit="cell", disable=None, leave=False)
+    for selection, m in bar:
+        if bar.disable:
+            log.info("%s, m=%d (%d cells)", selection, m, len(cells))
         row = {"selection": selection, "m": m, **_engine(settings, selection, m, "cpu", MOST)}
         if on_gpu:
             row |= {f"gpu_{key}": value for key, value in _engine(settings, selection, m, "cuda", MOST_ON_GPU).items()}

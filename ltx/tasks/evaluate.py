@@ -196,7 +196,7 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
         ticket = Ticket.load(path)
         return path, ticket, targets_at.load_for(ticket, settings)
     if settings.construction.value == "sampled":
-        raise LtxError("construction=sampled: no ticket is built, there is nothing to verify; use L+1 or 2L")
+        raise LtxError("construction=sampled: no ticket is built, which this command is about; use L+1 or 2L")
     target = targets_at.load(settings)
     path = paths.ticket_file(settings, target.digest)
     if not path.is_file():

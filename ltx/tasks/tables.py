@@ -51,6 +51,8 @@ def run(settings: Settings) -> Path:
         else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
     )  # fmt: skip
     note = tables.failure_note(failed, usual_size(results))
+    if left := tables.left_out(results):
+        log.info("%s", left.strip())
     if settings.target.input_range:
         note += " Elements of inputs between {:g} and {:g}.".format(*settings.target.input_range)
     for number, table in made.items():

@@ -43,9 +43,9 @@ def run(settings: Settings) -> None:
         )
     elif ticket.feedback:
         log.info(
-            "%d sums stand for parameters of %s, %s (largest error %.6g), and nothing else is kept",
+            "%d sums stand for parameters of %s, with %s (largest error %.6g), and nothing else is kept",
             result.approximated, target.path,
-            "none within a bound" if math.isinf(ticket.within) else f"within {ticket.within:g}",
+            "no bound on their errors" if math.isinf(ticket.within) else f"errors within {ticket.within:g}",
             result.max_parameter_error,
         )  # fmt: skip
         if result.rows:
