@@ -225,7 +225,9 @@ def _without_values(overrides: list[str]) -> str | None:
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
-    elsewhere = {a.split("=")[0] for a in overrides} & {"--config-dir", "-cd", "--config-path", "-cp"}
+    words = [word for argument in overrides for word in (argument.split("=", 1) if argument[0] == "-" else [argument])]
+    added = [Path(value) for flag, value in itertools.pairwise(words) if flag in ("--config-dir", "-cd")]
+    elsewhere = {"--config-path", "-cp"} & set(words)
     for text in filter(_OVERRIDE.match, overrides):
         try:
             override = parser.parse_override(text)
@@ -234,8 +236,9 @@ def _without_values(overrides: list[str]) -> str | None:
         if override.is_range_sweep() and next(iter(override.sweep_iterator()), None) is None:
             return f"{text}: has no values, so that there is nothing to do"
         pattern = override.value()
-        if isinstance(pattern, Glob) and not elsewhere:
-            names = sorted(file.stem for file in (conf_dir() / override.key_or_group).glob("*.yaml"))
+        if isinstance(pattern, Glob) and not elsewhere and not override.key_or_group.startswith("hydra/"):
+            folders = [folder / override.key_or_group for folder in (conf_dir(), *added)]
+            names = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
             if not pattern.filter(names):
                 of = f"it has {', '.join(names)}" if names else "glob() finds files of conf/; list values as A,B"
                 return f"{text}: has no values, so that there is nothing to do; {of}"

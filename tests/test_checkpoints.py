@@ -117,9 +117,16 @@ def test_state_dicts_beside_what_a_training_loop_saves(key, tmp_path):
     more = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
     torch.save({key: state, **more}, tmp_path / "a.pt")
     assert tensor_hash(read_checkpoint(tmp_path / "a.pt").state) == tensor_hash(state)
-    for other in ({key: state, "state_dict": state, "model": state, **more}, {"ema": state, **more}):  # which one?
+    for other, message in (
+        (
+            {"state_dict": state, "model": state, **more},
+            "holds several state dicts, state_dict and model; save the one",
+        ),
+        ({"ema": state, **more}, "not a state dict of tensors"),
+        ({key: {}, **more}, "not a state dict of tensors"),
+    ):
         torch.save(other, tmp_path / "a.pt")
-        with pytest.raises(CheckpointError, match="not a state dict of tensors"):
+        with pytest.raises(CheckpointError, match=message):
             read_checkpoint(tmp_path / "a.pt")
 
 

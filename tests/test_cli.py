@@ -197,9 +197,18 @@ def test_a_sweep_without_values_is_not_done(sweep, hint, ltx):
     assert hint in err
 
 
-def test_a_glob_that_finds_files_is_a_sweep(outputs, ltx):
+def test_a_glob_that_finds_files_is_a_sweep(outputs, ltx, tmp_path):
     status, out, _ = ltx("construct", "--multirun", *SMOKE, "protocol=glob(smo*)", output_dir=outputs)
     assert (status, len(out.splitlines())) == (0, 1)
+    (tmp_path / "protocol").mkdir()
+    shutil.copy(ROOT / "conf" / "protocol" / "smoke.yaml", tmp_path / "protocol" / "mine.yaml")
+    for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        status, out, _ = ltx("construct", "--multirun", *SMOKE, "protocol=glob(min*)", *flag, output_dir=outputs)
+        assert (status, len(out.splitlines())) == (0, 1)
+        status, _, err = ltx("construct", "--multirun", *SMOKE, "protocol=glob(zz*)", *flag, output_dir=outputs)
+        assert (status, "it has mine, paper, quick, smoke" in err) == (1, True)
+    status, _, err = ltx("construct", "--multirun", *SMOKE, "hydra/launcher=glob(*)")
+    assert (status, "Sweeping over Hydra's configuration is not supported" in one_line(err)) == (1, True)
 
 
 def test_a_given_checkpoint(outputs, ltx, tmp_path):
@@ -220,9 +229,10 @@ def test_verify_finds_a_tampered_mask(outputs, ltx, tmp_path):
     status, out, err = ltx("verify", str(tmp_path / "tampered.safetensors"), f"output_dir={outputs}")
     assert (status, out) == (1, "")
     assert "is not valid: layer 2, row" in one_line(err)
-    status, _, err = ltx("eval", str(tmp_path / "tampered.safetensors"), f"output_dir={outputs}")
-    assert status == 1
-    assert not (tmp_path / "result.json").exists()
+    for command in ("eval", "export", "certify"):
+        status, _, err = ltx(command, str(tmp_path / "tampered.safetensors"), f"output_dir={outputs}")
+        assert (status, "is not valid: layer 2, row" in one_line(err)) == (1, True)
+        assert [file.name for file in tmp_path.iterdir()] == ["tampered.safetensors"]
 
 
 def test_eval_of_a_fixed_random_subset(outputs, ltx):

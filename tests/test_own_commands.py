@@ -26,6 +26,13 @@ def make():
         nn.Linear(8, 10),
     )
 
+def normalised():
+    net = make()
+    with torch.no_grad():
+        for tensor in (net[1].running_var, net[1].weight):
+            tensor.uniform_(0.3, 0.9)
+    return net
+
 def two_functions():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10))
@@ -112,8 +119,8 @@ def test_the_command(own, ltx, tmp_path):
 
 def test_bounds_are_of_the_network_that_is_approximated(own, ltx):
     """Batch norm is a layer of it, or folded into the convolution."""
-    given = ("bounds", "target=digits", f"target.module={own}:make", "scaling=layer_max", "m=20")
-    graph = trace(imported(f"{own}:make"))
+    given = ("bounds", "target=digits", f"target.module={own}:normalised", "scaling=layer_max", "m=20")
+    graph, allowed = trace(imported(f"{own}:normalised")), []
     for kind, approximated in (("keep", graph), ("fold", fold_batch_norm(graph))):
         status, out, err = ltx(*given, f"batch_norm={kind}")
         assert status == 0, err
@@ -125,7 +132,8 @@ def test_bounds_are_of_the_network_that_is_approximated(own, ltx):
             head="keep", scaling="layer_max",
         )  # fmt: skip
         assert table.allowed.tolist() == pytest.approx([layer.allowed for layer in found.layers])
-    assert graph.normalised
+        allowed.append(table.allowed[0])
+    assert allowed[0] != pytest.approx(allowed[1], rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["plain", "masks", "prune", "parallel"])

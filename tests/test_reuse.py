@@ -52,21 +52,28 @@ def test_training_that_was_interrupted_goes_on_or_with_force_begins_anew(outputs
 
 
 @pytest.mark.parametrize(
-    ("given", "serves"),
+    ("key", "value", "serves"),
     [
-        ("protocol.epochs=3", True),  # as it was trained; quick is for 2
-        ("protocol.epochs=4", False),
-        ("protocol.rounds=11", False),
-        ("protocol.name=paper", False),
-        ("target.batch_size=255", False),
-        ("target.density=0.2", False),
-        ("target.seed=1", False),
-        ("use_reference=false", False),
+        ("protocol.epochs", lambda epochs: epochs, True),
+        ("protocol.epochs", lambda epochs: epochs - 1, True),  # it was trained for longer
+        ("protocol.epochs", lambda epochs: epochs + 1, False),
+        ("protocol.rounds", lambda rounds: rounds - 1, False),
+        ("protocol.name", lambda name: f"{name}er", False),
+        ("target.batch_size", lambda many: many + 1, False),
+        ("target.density", lambda share: share / 2, False),
+        ("target.seed", lambda seed: seed + 1, False),
+        ("use_reference", lambda _: "false", False),
     ],
 )
-def test_a_kept_target_serves_what_asks_for_no_more(given, serves, tmp_path):
-    found = targets_at.find(settings("target=mnist", given, f"output_dir={tmp_path}"))
-    assert found == (ROOT / "outputs/reference/targets/mnist-relu.safetensors" if serves else None)
+def test_a_kept_target_serves_what_asks_for_no_more(key, value, serves, tmp_path):
+    kept = ROOT / "outputs" / "reference" / "targets" / "mnist-relu.safetensors"
+    said = read_tensors(kept)[1]
+    was = {**json.loads(said["training"]), "name": said["protocol"], "seed": 0}
+    given = [f"protocol.{name}={was[name]}" for name in ("name", "rounds", "epochs")]
+    given += [f"target.{name}={was[name]}" for name in ("batch_size", "learning_rate", "weight_decay", "density")]
+    changed = f"{key}={value(was.get(key.split('.')[-1]))}"
+    found = targets_at.find(settings("target=mnist", *given, changed, f"output_dir={tmp_path}"))
+    assert found == (kept if serves else None)
 
 
 def test_a_target_depends_on_its_seed_alone(outputs, ltx):
@@ -82,8 +89,8 @@ def test_a_target_depends_on_its_seed_alone(outputs, ltx):
 
 def test_what_lies_in_the_place_of_a_ticket_has_to_be_that_ticket(outputs, ltx, tmp_path):
     shutil.copytree(outputs, tmp_path, dirs_exist_ok=True)
-    folder = next((tmp_path / "tickets").glob("*/*"))
-    ticket = folder / "ticket.safetensors"
+    ticket = last_line(ltx("construct", *SMOKE)[1])
+    folder = ticket.parent
     whole = ticket.read_bytes()
     shutil.copytree(folder, folder.with_name(folder.name.replace("seed0", "seed3")))  # of another seed
     status, out, err = ltx("construct", *SMOKE, "seed=3")

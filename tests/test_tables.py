@@ -112,8 +112,12 @@ def test_the_papers_values_stay_with_a_kept_head():
 def test_the_note_says_how_targets_were_trained():
     assert "training" not in tables.accuracy_table(results()).note
     trained = results()
-    trained["target_training"] = trained.activation.map({"relu": "quick, 12 x 3 epochs", "sigmoid": None})
+    trained["target_training"] = "quick, 12 x 3 epochs"
     assert "test images; training of the targets: quick, 12 x 3 epochs." in tables.accuracy_table(trained).note
+    for other, where in (("quick, 12 x 4 epochs", "3 epochs (ReLU); quick, 12 x 4 epochs (sigmoid)."),
+                         (None, "3 epochs (ReLU); not said (sigmoid).")):  # fmt: skip
+        trained["target_training"] = trained.activation.map({"relu": "quick, 12 x 3 epochs", "sigmoid": other})
+        assert f"training of the targets: quick, 12 x {where}" in tables.accuracy_table(trained).note
 
 
 def test_activations_that_the_paper_has_not():
@@ -272,6 +276,13 @@ def test_table_4_has_the_papers_ratio():
     assert row.ratio == pytest.approx(3_900_024.5 / 116_094)
     assert math.isnan(row.source)
     assert frame.loc[("sigmoid", "explicit 2L")].source == 141e6
+
+
+def test_the_papers_values_stay_with_a_constructed_head_of_resnet22():
+    kept = deep_results().assign(head="keep")
+    for table, column in ((tables.deep_accuracy_table, "paper_target"), (tables.deep_parameter_table, "paper_ticket")):
+        assert pd.read_csv(io.StringIO(table(deep_results()).csv))[column].notna().sum() == 2
+        assert pd.read_csv(io.StringIO(table(kept).csv))[column].isna().all()
 
 
 @pytest.mark.parametrize(

@@ -235,9 +235,15 @@ def _variants(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _trained(results: pd.DataFrame) -> str:
-    """How the targets were trained, for a note; nothing where their files do not say."""
-    said = sorted(set(results.target_training.dropna())) if "target_training" in results else []
-    return f"; training of the targets: {' or '.join(said)}" if said else ""
+    """How the targets were trained, for a note; nothing where no file says it."""
+    said: dict[str, list[str]] = {}
+    for activation, mine in results.groupby("activation", sort=False):
+        how = _unique(mine.target_training) if "target_training" in mine else "–"
+        said.setdefault(how, []).append(label_of(str(activation)))
+    if set(said) == {"–"}:
+        return ""
+    of = (f"{'not said' if how == '–' else how} ({', '.join(sorted(labels))})" for how, labels in sorted(said.items()))
+    return f"; training of the targets: {next(iter(said)) if len(said) == 1 else '; '.join(of)}"
 
 
 def left_out(results: pd.DataFrame) -> str:
@@ -274,7 +280,8 @@ def _subsets(results: pd.DataFrame) -> str:
 def _deep_rows(results: pd.DataFrame, paper: pd.DataFrame):
     """(activation, kind, results of that row, the paper's values for the activation)."""
     for activation, name, mine in _variants(results):
-        yield activation, name, mine, paper[paper.row == activation].set_index("column")
+        on_paper = (paper.row == activation) & (mine["head"] == "construct").all()  # as in the paper
+        yield activation, name, mine, paper[on_paper].set_index("column")
 
 
 def _deep_note(results: pd.DataFrame) -> str:

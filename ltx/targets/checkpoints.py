@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({reason}); is it whole?") from error
     except Exception as error:  # safetensors raises a bare class of its own
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); is it whole?") from error
-    state = _unwrapped(state)
+    state = _unwrapped(path, state)
     if not _is_state(state):
         raise CheckpointError(
             f"checkpoint {path}: not a state dict of tensors; save model.state_dict(), or use ltx train-target"
@@ -78,12 +78,17 @@ def _is_state(found: object) -> TypeGuard[Mapping[str, Tensor]]:
     return isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
 
 
-def _unwrapped(found: object) -> object:
+def _unwrapped(path: Path, found: object) -> object:
     """The one state dict in what training loops save beside epoch and optimizer; else what there is."""
     if not isinstance(found, Mapping) or _is_state(found):
         return found
-    inner = [found[key] for key in ("state_dict", "model_state_dict", "model") if _is_state(found.get(key))]
-    return inner[0] if len(inner) == 1 else found
+    inner = {key: found.get(key) for key in ("state_dict", "model_state_dict", "model")}
+    named = [key for key, value in inner.items() if value and _is_state(value)]
+    if len(named) > 1:
+        raise CheckpointError(
+            f"checkpoint {path}: holds several state dicts, {' and '.join(named)}; save the one alone"
+        )
+    return inner[named[0]] if named else found
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

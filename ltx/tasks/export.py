@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def run(settings: Settings) -> Path:
     """Write the ticket in another format; the path of the file."""
     path, ticket, target = find_ticket(settings)
-    wrong = verify(ticket).violations
+    wrong = verify(ticket, None if target is None else target.graph).violations
     if wrong:
         raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
     kind = settings.format.value
