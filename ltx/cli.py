@@ -165,8 +165,6 @@ def _hydra(command: str, overrides: list[str]) -> int:
     from ltx import config
 
     config.register()
-    if {"--multirun", "-m"} & set(overrides) and (empty := _without_values(overrides)):
-        return _fail(empty)
     failures: list[str] = []
 
     def job(cfg: DictConfig) -> None:
@@ -196,7 +194,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
     sys.argv = [f"ltx {command}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place that reports them
     try:
-        with _lazy_help():
+        with _lazy_help(), _no_empty_sweeps():
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (LtxError, HydraException, OmegaConfBaseException) as error:
         return _fail(_line(error))
@@ -218,31 +216,29 @@ def _hydra(command: str, overrides: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _without_values(overrides: list[str]) -> str | None:
-    """What to say of an override of a sweep that has no values, so that there would be nothing to do."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Glob
-    from hydra.errors import HydraException
+def _no_empty_sweeps() -> AbstractContextManager[object]:
+    """Within it a sweep over no values, for which Hydra does nothing and says nothing, is an LtxError."""
+    from unittest import mock
 
-    parser = OverridesParser.create()
-    words = [word for argument in overrides for word in (argument.split("=", 1) if argument[0] == "-" else [argument])]
-    added = [Path(value) for flag, value in itertools.pairwise(words) if flag in ("--config-dir", "-cd")]
-    elsewhere = {"--config-path", "-cp"} & set(words)
-    for text in filter(_OVERRIDE.match, overrides):
-        try:
-            override = parser.parse_override(text)
-        except HydraException:  # which the command itself will say
-            continue
-        if override.is_range_sweep() and next(iter(override.sweep_iterator()), None) is None:
-            return f"{text}: has no values, so that there is nothing to do"
-        pattern = override.value()
-        if isinstance(pattern, Glob) and not elsewhere and not override.key_or_group.startswith("hydra/"):
-            folders = [folder / override.key_or_group for folder in (conf_dir(), *added)]
-            names = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
-            if not pattern.filter(names):
-                of = f"it has {', '.join(names)}" if names else "glob() finds files of conf/; list values as A,B"
-                return f"{text}: has no values, so that there is nothing to do; {of}"
-    return None
+    from hydra.core.override_parser.types import Glob, Override
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # which loads every plugin's module anew, once
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    split = BasicSweeper.split_arguments
+
+    def checked(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+        for given in overrides:
+            if given.is_discrete_sweep() and next(iter(given.sweep_iterator()), None) is None:
+                hint = ""
+                if isinstance(given.value(), Glob) and given.config_loader is not None:
+                    names = ", ".join(given.config_loader.get_group_options(given.key_or_group))
+                    hint = f"; it has {names}" if names else "; glob() finds files of conf/; list values as A,B"
+                raise LtxError(f"{given.input_line}: has no values, so that there is nothing to do{hint}")
+        return split(overrides, max_batch_size)
+
+    return mock.patch.object(BasicSweeper, "split_arguments", staticmethod(checked))
 
 
 def _raised_in(package: ModuleType, error: BaseException) -> bool:

@@ -242,6 +242,20 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
     assert json.loads(last_line(out).read_text())["examples"] == 100
 
 
+def test_tables_say_which_results_they_leave_out(outputs, ltx, tmp_path):
+    shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
+    again = f"output_dir={tmp_path / 'again'}"
+    for seed, limit in ((1, "null"), (2, "50")):
+        for command in ("construct", "eval"):
+            assert ltx(command, *SMOKE, f"seed={seed}", f"limit={limit}", again)[0] == 0
+    left = "Results on another number of images than most of their row, left out: 1."
+    for limit, out in (("null", False), ("50", True)):
+        status, _, err = ltx("tables", *SMOKE, f"limit={limit}", again)
+        assert (status, left in err) == (0, out)
+        for number in (1, 2):
+            assert (left in (tmp_path / f"again/tables/table{number}-digits.md").read_text()) == out
+
+
 def test_an_output_that_lacks_the_signs_of_a_table(outputs, ltx, tmp_path):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
     settings = (*SMOKE, f"output_dir={tmp_path / 'again'}")

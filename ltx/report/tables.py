@@ -138,9 +138,8 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
     on = f"{images[0]} test images" if len(set(images)) == 1 else "fixed random test images, where not all are"
     note = (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {usual_size(results)}, epsilon = "
-        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}{_built(results)}; {first.data}, "
-        f"{on}{_trained(results)}. "
-        f"Explicit tickets, each verified against its source and its target.{left_out(results)}"
+        f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}{_built(results)}; {first.data}, {on}"
+        f"{_trained(results)}. Explicit tickets, each verified against its source and its target."
     )
     return Table(title, note, pd.DataFrame(numbers), pd.DataFrame(shown))
 
@@ -236,18 +235,15 @@ def _variants(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 def _trained(results: pd.DataFrame) -> str:
     """How the targets were trained, for a note; nothing where no file says it."""
-    said: dict[str, list[str]] = {}
-    for activation, mine in results.groupby("activation", sort=False):
-        how = _unique(mine.target_training) if "target_training" in mine else "–"
-        said.setdefault(how, []).append(label_of(str(activation)))
-    if set(said) == {"–"}:
+    if "target_training" not in results or results.target_training.isna().all():
         return ""
-    of = (f"{'not said' if how == '–' else how} ({', '.join(sorted(labels))})" for how, labels in sorted(said.items()))
-    return f"; training of the targets: {next(iter(said)) if len(said) == 1 else '; '.join(of)}"
+    labels = results.activation.map(label_of).groupby(results.target_training.fillna("unknown")).unique()
+    of = {how: "" if len(labels) == 1 else f" ({', '.join(sorted(who))})" for how, who in labels.items()}
+    return f"; training of the targets: {'; '.join(f'{how}{who}' for how, who in of.items())}"
 
 
 def left_out(results: pd.DataFrame) -> str:
-    """Says how many results were on other images than those of their row."""
+    """For a note, how many results were on other images than those of their row."""
     named = with_variants(results)
     many = len(named) - len(on_same_images(named))
     return f" Results on another number of images than most of their row, left out: {many}." if many else ""
@@ -296,7 +292,7 @@ def _deep_note(results: pd.DataFrame) -> str:
         "subset-sum problems, and an L+1 ticket's parameters are estimated; that is what the paper reports. Explicit: "
         f"masks on a random source, each verified against its source and its target{how}. Fewer than 10000 images are "
         "a fixed random subset, for the target too; the target's parameters are those above epsilon of the layers that "
-        f"are approximated; errors are not sampled for the projection shortcuts.{left_out(results)}"
+        "are approximated; errors are not sampled for the projection shortcuts."
     )
 
 

@@ -26,9 +26,8 @@ from ltx.graph import run as run_graph
 from ltx.report import certificate as report
 from ltx.report.figures import save
 from ltx.tasks import provenance, targets_at
-from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, some_images
+from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, require_valid, some_images
 from ltx.ticket import Ticket
-from ltx.verification import verify
 
 log = logging.getLogger(__name__)
 START_SEED = 0  # of the images that the ascent starts from
@@ -56,8 +55,7 @@ def run(settings: Settings) -> Path:
         log.info("%s: there already; force=true certifies again", written)
         _print(there)
         return written
-    if wrong := verify(ticket, target.graph).violations:
-        raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
+    require_valid(path, ticket, target)
     require_writable(written.parent)
     device = settings.torch_device
     images = some_images(settings, target.data, device)

@@ -27,7 +27,7 @@ from ltx.graph import fold_batch_norm, trace
 from ltx.tasks import provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
 from ltx.ticket import Ticket
-from ltx.verification import verify
+from ltx.verification import Verification, verify
 
 log = logging.getLogger(__name__)
 _ABOUT = (
@@ -99,9 +99,7 @@ def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, dige
 
 
 def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str) -> _Candidate:
-    verification = verify(ticket, target.graph)
-    if verification.violations:
-        raise LtxError(f"ticket {path} is not valid: {verification.violations[0]}; construct it again with force=true")
+    verification = require_valid(path, ticket, target)
     built = path.with_name("construction.json")
     how = json.loads(built.read_text()) if built.is_file() else {}
     if not how:
@@ -205,6 +203,18 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
         why = why + "target.checkpoint, or seed it)" if drawn else ""
         raise LtxError(f"no ticket at {path}; make it with ltx construct and the same settings{why}")
     return path, Ticket.load(path), target
+
+
+def require_valid(path: Path, ticket: Ticket, target: targets_at.Target | None) -> Verification:
+    """What verification measured; LtxError with the first violation where the ticket is not what it claims.
+
+    Args:
+        target: with which its parameters are compared; None where it is not known.
+    """
+    found = verify(ticket, None if target is None else target.graph)
+    if found.violations:
+        raise LtxError(f"ticket {path} is not valid: {found.violations[0]}; construct it again with force=true")
+    return found
 
 
 def _valid(path: Path, about: dict) -> bool:

@@ -9,11 +9,9 @@ import torch
 
 from ltx import data
 from ltx.config import Settings
-from ltx.errors import LtxError
 from ltx.export import masked_network, onnx, state_dict
 from ltx.files import replacing, write_tensors
-from ltx.tasks.evaluate import find_ticket
-from ltx.verification import verify
+from ltx.tasks.evaluate import find_ticket, require_valid
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +19,7 @@ log = logging.getLogger(__name__)
 def run(settings: Settings) -> Path:
     """Write the ticket in another format; the path of the file."""
     path, ticket, target = find_ticket(settings)
-    wrong = verify(ticket, None if target is None else target.graph).violations
-    if wrong:
-        raise LtxError(f"ticket {path} is not valid: {wrong[0]}; construct it again with force=true")
+    require_valid(path, ticket, target)
     kind = settings.format.value
     written = path.with_name(path.stem + {"masks": ".masks.safetensors", "prune": ".prune.pt", "onnx": ".onnx"}[kind])
     if kind == "onnx":

@@ -50,9 +50,10 @@ def run(settings: Settings) -> Path:
         {3: tables.deep_accuracy_table(results), 4: tables.deep_parameter_table(results)} if deep
         else {1: tables.accuracy_table(results), 2: tables.parameter_table(results)}
     )  # fmt: skip
-    note = tables.failure_note(failed, usual_size(results))
-    if left := tables.left_out(results):
+    left = tables.left_out(results)
+    if left:
         log.info("%s", left.strip())
+    note = left + tables.failure_note(failed, usual_size(results))
     if settings.target.input_range:
         note += " Elements of inputs between {:g} and {:g}.".format(*settings.target.input_range)
     for number, table in made.items():
