@@ -1,8 +1,7 @@
-"""Statistics of random subset-sum problems; the commands, figures and other solvers around them."""
+"""Statistics of random subset-sum problems; the commands and other solvers around them."""
 
 import json
 import math
-import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx.errors import LtxError
-from ltx.report.figures import FailureCurve
 from ltx.subset_sum import baselines, sample, solve, statistics, summarise
-from ltx.subset_sum.statistics import LAWS, constant, draw, wilson_interval
-from ltx.tasks import bench, figures
+from ltx.subset_sum.statistics import LAWS, draw, wilson_interval
+from ltx.tasks import bench
 
 
 @pytest.mark.parametrize("law", list(LAWS))
@@ -112,27 +110,6 @@ def test_too_many_problems_are_refused():
         sample("cauchy", 5, 0.01)
 
 
-def test_fitted_constant_is_the_least_that_the_corollary_allows():
-    """Shares exp(-(m - 3) / 1.5) reach epsilon at m = 3 + 1.5 log(1 / epsilon)."""
-    sizes, n = tuple(range(4, 21)), 10**9
-    curve = FailureCurve("uniform", 0.01, n, sizes, tuple(int(n * math.exp(-(m - 3) / 1.5)) for m in sizes))
-    assert math.isclose(curve.crossing, 3 + 1.5 * math.log(100), rel_tol=1e-3)
-    assert math.isclose(curve.fitted_constant, (3 + 1.5 * math.log(100)) / math.log(100), rel_tol=1e-3)
-    assert math.isclose(curve.decay, 1.5, rel_tol=1e-3)
-    for m, share in zip(sizes, curve.shares, strict=True):  # no point contradicts it
-        assert constant(m, 0.01, share) <= curve.fitted_constant + 1e-9
-    early = FailureCurve("uniform", 0.01, n, sizes[:4], curve.failures[:4])
-    assert early.crossing is None
-    assert early.fitted_constant < curve.fitted_constant
-
-
-def test_a_curve_that_falls_to_no_failure_at_all_shows_no_crossing():
-    curve = FailureCurve("uniform", 0.001, 400, (10, 11, 12), (3, 1, 0))
-    assert curve.crossing is None
-    assert curve.fitted_constant == constant(11, 0.001, 0.0025)
-    assert math.isnan(FailureCurve("uniform", 0.1, 10, (6, 7), (0, 0)).fitted_constant)
-
-
 def test_a_single_target_can_be_harder_than_random_ones():
     """theta = 1 fails more often than targets that are uniform on [-1, 1], theta = 0 never."""
     random, hard, easy = (
@@ -183,35 +160,6 @@ def test_subset_sum_command_measures_again_what_is_not_its_own(ltx, tmp_path):
     four.with_suffix(".csv").unlink()
     assert "there already" not in ltx("subset-sum", "m=4", "problems=400")[2]
     assert four.with_suffix(".csv").is_file()
-
-
-def test_figures_command(ltx, monkeypatch):
-    monkeypatch.setattr(figures, "FAILURE_SIZES", range(4, 8))
-    status, out, _ = ltx("figures", "m=6", "problems=400", "device=cpu")
-    assert status == 0
-    folder = Path(out.splitlines()[-1])
-    for name in ("figure3", "figure4", "failures"):
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        xml.etree.ElementTree.parse(folder / f"{name}.svg")
-    table = pd.read_csv(folder / "failures.csv")
-    point = table[(table.law == "uniform") & (table.epsilon == 0.01) & (table.base_set_size == 6)]
-    assert point.failures.item() == summarise(sample("uniform", 6, 0.01, problems=400)).failures
-    before = (folder / "figure3.svg").read_bytes()
-    assert "there already" in ltx("figures", "m=6", "problems=400", "device=cpu")[2]
-    (folder / "figure3.svg").unlink()
-    assert ltx("figures", "m=6", "problems=400", "device=cpu")[0] == 0
-    assert (folder / "figure3.svg").read_bytes() == before
-    for name in ("figure3.csv", "figure4.png", "failures.svg"):
-        whole = (folder / name).read_bytes()
-        for damaged in (b"", whole[: len(whole) // 2 - 1]):
-            (folder / name).write_bytes(damaged)
-            assert "there already" not in ltx("figures", "m=6", "problems=400", "device=cpu")[2], name
-
-
-def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):
-    for epsilon, sizes in (("1e-9", range(1, 3)), ("3", range(12, 14))):
-        monkeypatch.setattr(figures, "FAILURE_SIZES", sizes)
-        assert ltx("figures", "m=2", "problems=2", f"epsilon={epsilon}", "device=cpu")[0] == 0
 
 
 @pytest.mark.parametrize("selection", ["smallest", "best"])

@@ -64,7 +64,8 @@ def _error_panel(axes: Axes, drawn: Sample, title: str) -> None:
     width = end / 60
     if width / 3 < epsilon <= end:
         width = epsilon / max(1, round(epsilon / width))  # epsilon is the edge of a bin
-    bins = np.arange(0, end + width, width).tolist()
+    bins = [k * width for k in range(math.ceil(end / width) + 1)]
+    bins[-1] = max(bins[-1], end)  # which rounding can leave out
     axes.hist(errors, bins, weights=np.full(len(errors), 1 / len(errors)), color=BLUE)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
