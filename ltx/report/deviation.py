@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ltx.report.figures import STYLE
+from ltx.report.figures import STYLE, legend_below, panels
 from ltx.report.tables import ACTIVATIONS
 
 LINES = {  # construction, selection -> colour and style; those of feedback without a penalty or a bound
@@ -31,17 +31,14 @@ def figure(table: pd.DataFrame) -> Figure:
     """
     names = [name for name in ACTIVATIONS if (table.activation == name).any()]
     table = table.assign(relative=table.deviation / table.target_std)
-    columns = min(2, len(names))
-    rows = -(-len(names) // columns)
     with matplotlib.rc_context(STYLE):
-        result = Figure(figsize=(5.2 * columns, 3.2 * rows + 1.0), layout="constrained")
-        panels = result.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        for axes in panels[len(names) :]:
-            axes.set_visible(False)
+        result, drawn = panels(
+            len(names), "activation, from the first to the last", "rms deviation of a slot / std of the target"
+        )
         settings = sorted(
             {(m, e) for m, e in zip(table.base_set_size, table.epsilon, strict=True)}, key=lambda s: -s[1]
         )
-        for axes, name in zip(panels, names, strict=False):
+        for axes, name in zip(drawn, names, strict=True):
             mine = table[table.activation == name]
             for (construction, selection), (colour, style) in LINES.items():
                 for (m, epsilon), marker in zip(settings, itertools.cycle(MARKERS), strict=False):
@@ -60,12 +57,7 @@ def figure(table: pd.DataFrame) -> Figure:
             axes.set_title(ACTIVATIONS[name], loc="left")
             axes.grid(alpha=0.25, lw=0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for axes in panels[-columns:]:
-            axes.set_xlabel("activation, from the first to the last")
-        for axes in panels[::columns]:
-            axes.set_ylabel("rms deviation of a slot / std of the target")
-        lines = {line.get_label(): line for axes in panels for line in axes.get_lines() if line.get_label()[0] != "_"}
-        result.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(2, columns + 1), fontsize=7)
+        legend_below(result, drawn)
         result.suptitle(
             "How the deviation of a ticket's slots grows\nthrough ResNet-22 (geometric mean over seeds)", fontsize=9
         )

@@ -39,6 +39,35 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return written
 
 
+def panels(count: int, across: str, up: str) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels that share their axes, in one or two columns; room for a legend below them.
+
+    Args:
+        across: label of the horizontal axis, below the last panel of a column.
+        up: of the vertical one, left of the first panel of a row.
+    """
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.2 * rows + 1.0), layout="constrained")
+    drawn = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    for axes in drawn[count:]:
+        axes.remove()
+    for axes in drawn[count - columns : count]:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(across)
+    for axes in drawn[:count:columns]:
+        axes.set_ylabel(up)
+    return figure, drawn[:count]
+
+
+def legend_below(figure: Figure, drawn: Sequence[Axes]) -> None:
+    """One legend of all panels, a line each name."""
+    named = [axes.get_legend_handles_labels() for axes in drawn]
+    lines = {name: line for handles, names in named for line, name in zip(handles, names, strict=True)}
+    columns = min(3, len(drawn) + 1)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, fontsize=7)
+
+
 def statistics_figure(best: Sample, smallest: Sample) -> Figure:
     """Errors and sizes of the best and of the smallest subsets: Figure 3 (uniform) or Figure 4 (product)."""
     with matplotlib.rc_context(STYLE):

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ltx.report.figures import STYLE
+from ltx.report.figures import STYLE, legend_below, panels
 from ltx.report.tables import ACTIVATIONS, interval
 from ltx.report.variants import on_same_images, with_variants
 
@@ -30,17 +30,12 @@ def figure(results: pd.DataFrame) -> Figure:
         ratio=named.ticket_parameters / named.target_parameters, lost=named.ticket_accuracy - named.target_accuracy
     )
     names = [name for name in ACTIVATIONS if (named.activation == name).any()]
-    columns = min(2, len(names))
-    rows = -(-len(names) // columns)
     series = _series(named)
     line = {variant: label for label, (_, _, variants) in series.items() for variant in variants}
     named = on_same_images(named.assign(line=named.variant.map(line)), of="line")
     with matplotlib.rc_context(STYLE):
-        result = Figure(figsize=(5.2 * columns, 3.2 * rows + 1.0), layout="constrained")
-        panels = result.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        for axes in panels[len(names) :]:
-            axes.set_visible(False)
-        for axes, name in zip(panels, names, strict=False):
+        result, drawn = panels(len(names), "parameters for each of the target's", "ticket - target, points")
+        for axes, name in zip(drawn, names, strict=True):
             axes.axhspan(-WITHIN, WITHIN, color="#f0f0f0", lw=0)
             axes.axhline(0, color="black", lw=0.7, ls=":")
             mine = named.loc[named.activation == name]
@@ -63,12 +58,7 @@ def figure(results: pd.DataFrame) -> Figure:
             axes.set_yticks([-80, -40, -20, -10, -5, -4, -3, -2, -1, 0, 1])
             axes.grid(alpha=0.25, lw=0.5)
             axes.set_title(ACTIVATIONS[name], loc="left")
-        for axes in panels[-columns:]:
-            axes.set_xlabel("parameters for each of the target's")
-        for axes in panels[::columns]:
-            axes.set_ylabel("ticket - target, points")
-        lines = {c.get_label(): c for axes in panels for c in axes.containers}
-        result.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(2, columns + 1), fontsize=7)
+        legend_below(result, drawn)
         result.suptitle("Accuracy against size of tickets (ResNet-22); grey: within half a point", fontsize=9)
     return result
 
