@@ -57,7 +57,7 @@ def state_dict(ticket: Ticket) -> dict[str, Tensor]:
     for layer in ticket.layers:
         for part, (values, mask) in _parameters(ticket, layer).items():
             found[f"{layer.name}.{part}"], found[f"{layer.name}.{part}_mask"] = values, mask
-    return found | {f"given.{name}": tensor for name, tensor in ticket.given.items()}
+    return found | {f"given.{name}": tensor.clone() for name, tensor in ticket.given.items()}
 
 
 @usual_defaults()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ltx import operations
 from ltx.activations import from_attributes
 from ltx.defaults import usual_defaults
+from ltx.source import SourceLayer
 from ltx.sparse_conv import SparseConvolution
 from ltx.ticket import Ticket, TicketNode
 
@@ -19,18 +23,20 @@ SPARSE_BELOW = 0.25  # density under which the sparse convolution beats the dens
 class TicketNetwork(nn.Module):
     """Runs a ticket on images (N, C, H, W).
 
-    Rows that nothing reads are left out; what is read has exactly the source's values. Convolutions are dense
-    on a GPU, and on a CPU sparse where that is faster.
+    Rows that nothing reads are left out; what is read has exactly the source's values, in buffers of its own, which may
+    be changed. Convolutions are dense on a GPU, and on a CPU sparse where that is faster and nothing but a value is
+    asked for: with gradients, tangents, `torch.func`, `torch.compile` and exporters they are dense. Parameters that are
+    set where there was a zero are seen by the sparse ones unless they are written past PyTorch (`.data`, NumPy).
     """
 
     @usual_defaults()
     def __init__(self, ticket: Ticket, *, dense: bool = False):
-        """Args: dense: never take the sparse convolutions, which no exporter and no gradient can follow."""
+        """Args: dense: never take the sparse convolutions."""
         super().__init__()
         self._dense = dense
         self.graph = ticket.graph
         self._layers = {layer.name: layer for layer in ticket.layers}
-        self._sparse: dict[str, SparseConvolution] = {}
+        self._sparse: dict[str, _Sparse] = {}  # made when they are used
         # a tensor without channels is more than torch can convolve: keep one where nothing is read
         self._read = {n: c if len(c) else torch.zeros(1, dtype=torch.int64) for n, c in ticket.read_channels().items()}
         self._keys = {node.name: f"node{position}" for position, node in enumerate(ticket.graph)}
@@ -43,7 +49,7 @@ class TicketNetwork(nn.Module):
             elif node.op == "given":
                 weight = ticket.given[f"{node.name}.weight"]
                 weight = weight.view(len(weight), -1, node.attributes["taps"])[:, self._read[node.inputs[0]]]
-                self._hold(node.name, weight.flatten(1), ticket.given[f"{node.name}.bias"])
+                self._hold(node.name, weight.flatten(1), ticket.given[f"{node.name}.bias"].clone())
             elif node.op == "batch_norm":
                 scale, shift = (ticket.given[f"{node.name}.{part}"] for part in ("weight", "bias"))
                 self._hold(node.name, scale[self._read[node.name]], shift[self._read[node.name]])
@@ -70,11 +76,6 @@ class TicketNetwork(nn.Module):
         dense[rows, offsets] = values
         shape = (len(out), len(inside), *layer.shape[2:]) if layer.kind == "conv" else dense.shape
         self._hold(node.name, dense.view(shape), bias)
-        if layer.kind == "conv" and not self._dense and len(values) < SPARSE_BELOW * dense.numel():
-            self._sparse[node.name] = SparseConvolution(
-                rows, offsets, values, bias, channels=len(inside), kernel=layer.shape[2:],  # type: ignore[arg-type]
-                stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
-            )  # fmt: skip
 
     def _add_narrowing(self, node: TicketNode) -> None:
         """Hold which of its inputs' channels a node takes, where not all."""
@@ -141,11 +142,65 @@ class TicketNetwork(nn.Module):
         return self.get_buffer(f"{key}_weight"), self.get_buffer(f"{key}_bias")
 
     def _apply_layer(self, node: TicketNode, x: Tensor) -> Tensor:
-        sparse = self._sparse.get(node.name)
-        if sparse is not None and x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad:
-            return sparse(x)
         weight, bias = self._held(node.name)
         if node.op == "given":
             return operations.affine(x, weight, bias)
         layer = self._layers[node.attributes["layer"]]
+        if layer.kind == "conv" and not self._dense and _value_alone(x, weight, bias):
+            sparse = self._sparse.get(node.name)
+            if sparse is None or not sparse.is_of(weight):
+                self._sparse[node.name] = sparse = _Sparse.of(weight, layer)
+            if sparse.convolution is not None:
+                return sparse.convolution(x, weight.reshape(-1)[sparse.places], bias)
         return operations.affine(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+
+    def __getstate__(self) -> dict:
+        """Without the sparse convolutions: a copy has buffers of its own."""
+        return {**self.__dict__, "_sparse": {}}
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """Where a convolution's weight is not zero."""
+
+    weight: weakref.ref[Tensor]
+    version: int  # of the weight, which PyTorch counts changes by
+    places: Tensor  # flat
+    convolution: SparseConvolution | None  # None where too much is kept
+
+    @classmethod
+    def of(cls, weight: Tensor, layer: SourceLayer) -> _Sparse:
+        places = weight.reshape(-1).nonzero()[:, 0]
+        convolution, row_size = None, weight[0].numel()
+        if len(places) < SPARSE_BELOW * weight.numel():
+            convolution = SparseConvolution(
+                places // row_size, places % row_size, shape=weight.shape[:2], kernel=layer.shape[2:],  # type: ignore[arg-type]
+                stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
+            )  # fmt: skip
+        return cls(weakref.ref(weight), weight._version, places, convolution)
+
+    def is_of(self, weight: Tensor) -> bool:
+        return self.weight() is weight and self.version == weight._version
+
+
+def _value_alone(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether these are numbers in memory, and nothing but an output in float32 is asked of them."""
+    tensors = x, weight, bias
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return not weight.is_inference() and all(  # changes of an inference tensor are not counted
+        t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t)
+        and forward_ad.unpack_dual(t).tangent is None
+        for t in tensors
+    )  # fmt: skip
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Not so within `torch.func` or among fake tensors."""
+    try:
+        tensor.detach().numpy()
+    except RuntimeError:
+        return False
+    return True

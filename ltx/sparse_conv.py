@@ -16,26 +16,29 @@ from ltx.compiled import compiled
 
 
 class SparseConvolution:
-    """A 2d convolution that holds nothing but its kept entries."""
+    """A 2d convolution that does nothing for entries that are not kept."""
 
     def __init__(
-        self, rows: Tensor, offsets: Tensor, values: Tensor, bias: Tensor, *, channels: int, kernel: tuple[int, int],
+        self, rows: Tensor, offsets: Tensor, *, shape: tuple[int, int], kernel: tuple[int, int],
         stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
     ):  # fmt: skip
-        """Kept entries as `Ticket.kept` returns them: rows ascending, offsets i * K + k."""
+        """Places of the kept entries as `Ticket.kept` returns them, rows ascending, offsets i * K + k.
+
+        Args:
+            shape: (C_out, C_in).
+        """
+        many, self.channels = shape
         taps = kernel[0] * kernel[1]
         tap = (offsets % taps).numpy()
-        self.begin = np.searchsorted(rows.numpy(), np.arange(len(bias) + 1))
+        self.begin = np.searchsorted(rows.numpy(), np.arange(many + 1))
         self.channel = (offsets // taps).numpy()
         self.dy, self.dx = tap // kernel[1] * dilation[0], tap % kernel[1] * dilation[1]
-        self.value, self.bias = values.numpy().astype(np.float32), bias.numpy().astype(np.float32)
         self.used = np.unique(self.channel)
         self.stride, self.padding = stride, padding
-        self.channels = channels
         self.reach = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) float32 on the CPU -> (N, C_out, H', W')."""
+    def __call__(self, x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """(N, C_in, H, W), the entries' values and biases (C_out,), float32 on the CPU -> (N, C_out, H', W')."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"input of shape {tuple(x.shape)}: the convolution takes {self.channels} channels")
         h, w = ((x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1))
@@ -51,9 +54,9 @@ class SparseConvolution:
         shift = self.dy // sy * wide + self.dx // sx
         behind = (self.padding[0] * (sy == 1) + 1) * wide
         group = max(1, CACHE // max(1, 4 * self.channels * phases * tall * wide))
-        out = np.empty((len(x), len(self.bias), h, w), np.float32)
+        out = np.empty((len(x), len(bias), h, w), np.float32)
         _convolve(
-            x.detach().contiguous().numpy(), self.begin, row, shift, self.value, self.bias, self.used, sy, sx,
+            *(t.detach().contiguous().numpy() for t in (x, values, bias)), self.begin, row, shift, self.used, sy, sx,
             self.padding[0], self.padding[1], tall, wide, behind, group, out,
         )  # fmt: skip
         return torch.from_numpy(out)
@@ -63,7 +66,7 @@ CACHE = 1_300_000  # bytes of padded images that stay in a core's cache; several
 
 
 @compiled(parallel=True, fastmath={"contract"})
-def _convolve(x, begin, row, shift, value, bias, used, sy, sx, py, px, tall, wide, behind, group, out):
+def _convolve(x, value, bias, begin, row, shift, used, sy, sx, py, px, tall, wide, behind, group, out):
     """Images in groups; tall and wide are an image's in the group, behind the zeros after the last one."""
     images, channels, height, width = x.shape
     rows_out, cols_out = out.shape[2], out.shape[3]

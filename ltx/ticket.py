@@ -95,7 +95,15 @@ class Ticket:
         return sum(layer.parameters for layer in self.layers)
 
     def layer(self, name: str) -> SourceLayer:
-        return next(layer for layer in self.layers if layer.name == name)
+        """A source layer.
+
+        Raises:
+            LtxError: there is none of that name.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise LtxError(f"the ticket has no layer '{name}'; there are {', '.join(layer.name for layer in self.layers)}")
 
     def kept(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (n,), offsets i * K + k (n,) and values (n,) float32 of the kept weights of a source layer."""
@@ -152,11 +160,15 @@ class Ticket:
         return labels
 
     @usual_defaults()
-    def to_module(self, *, device: str = "cpu") -> TicketNetwork:
-        """The ticket as an nn.Module that needs nothing of the target's code."""
+    def to_module(self, *, device: str = "cpu", dense: bool = False) -> TicketNetwork:
+        """The ticket as an nn.Module that needs nothing of the target's code.
+
+        Args:
+            dense: never take the sparse convolutions that are faster on a CPU (`ltx.network.TicketNetwork`).
+        """
         from ltx.network import TicketNetwork
 
-        return TicketNetwork(self).to(device)
+        return TicketNetwork(self, dense=dense).to(device)
 
     def save(self, path: Path) -> None:
         """Write the ticket; the same ticket always gives the same bytes."""

@@ -21,8 +21,7 @@ def test_equals_dense(kernel, stride, padding, dilation):
     flat = weight.flatten(1)
     rows, offsets = flat.nonzero(as_tuple=True)
     convolution = SparseConvolution(
-        rows, offsets, flat[rows, offsets], bias, channels=4, kernel=kernel, stride=stride, padding=padding,
-        dilation=dilation,
+        rows, offsets, shape=(5, 4), kernel=kernel, stride=stride, padding=padding, dilation=dilation,
     )  # fmt: skip
     dense = nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
-    torch.testing.assert_close(convolution(x), dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(convolution(x, flat[rows, offsets], bias), dense, atol=1e-5, rtol=1e-5)

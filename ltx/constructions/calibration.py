@@ -257,10 +257,10 @@ def apply_rows(
     if layer.kind == "conv" and device.type == "cpu":
         order = rows.argsort(stable=True)
         convolve = SparseConvolution(
-            rows[order], offsets[order], values[order], torch.zeros(many), channels=channels, kernel=layer.shape[2:],  # type: ignore[arg-type]
+            rows[order], offsets[order], shape=(many, channels), kernel=layer.shape[2:],  # type: ignore[arg-type]
             stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
         )  # fmt: skip
-        return convolve(x)
+        return convolve(x, values[order].float(), torch.zeros(many))
     dense = torch.zeros(many, channels * layer.taps, device=device)
     dense[rows.to(device), offsets.to(device)] = values.to(device)
     if layer.kind == "linear":
