@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ltx import subset_sum
+    from ltx import certificates, data, deviation, evaluation, export, graph, subset_sum, targets, theory  # noqa: F401
     from ltx.constructions import construct
     from ltx.errors import LtxError
     from ltx.feedback import Feedback
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Feedback", "LtxError", "Ticket", "construct", "subset_sum", "verify"]
 
+_MODULES = (
+    "certificates", "data", "deviation", "evaluation", "export", "feedback", "graph", "subset_sum", "targets", "theory",
+)  # fmt: skip
 _WHERE = {
     "construct": "ltx.constructions", "Feedback": "ltx.feedback", "LtxError": "ltx.errors", "Ticket": "ltx.ticket",
     "verify": "ltx.verification",
@@ -32,10 +35,14 @@ _WHERE = {
 
 def __getattr__(name: str):
     """Import the public names on first use, so that `ltx --help` need not wait for torch."""
-    if name not in __all__:
-        raise AttributeError(f"module 'ltx' has no attribute '{name}'")
     import importlib
 
-    if name == "subset_sum":
-        return importlib.import_module("ltx.subset_sum")
+    if name in _MODULES:
+        return importlib.import_module(f"ltx.{name}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ltx' has no attribute '{name}'")
     return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -19,6 +19,18 @@ def whole(name: str, value: object, error: type[LtxError] = LtxError) -> int:
         raise error(f"{name} {value!r} must be a whole number") from None
 
 
+def real(name: str, value: object, error: type[LtxError] = LtxError) -> float:
+    """A number of any type.
+
+    Raises:
+        error: it is none.
+    """
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise error(f"{name} {value!r} must be a number") from None
+
+
 def seed_of(value: object, error: type[LtxError] = LtxError) -> int:
     """A seed of the generator, 0 to 2**64 - 1.
 

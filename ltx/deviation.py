@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltx.defaults import usual_defaults
-from ltx.graph import Graph, run
+from ltx.graph import Graph, run, trace
 from ltx.network import TicketNetwork
 from ltx.ticket import Ticket
 
@@ -33,15 +33,16 @@ class Deviation:
 
 @usual_defaults()
 def ticket_deviations(
-    ticket: Ticket, target: Graph, images: Tensor, *, network: TicketNetwork | None = None
+    ticket: Ticket, target: nn.Module | Graph, images: Tensor, *, network: TicketNetwork | None = None
 ) -> list[Deviation]:
     """Deviations of an explicit ticket from its target, in float32 on the images' device.
 
     Args:
-        target: as the ticket was made for, batch norm folded or not.
+        target: the network that the ticket was made for, or its graph, batch norm folded or not.
         images: (N, C, H, W).
         network: the ticket as a module, where there is one already.
     """
+    target = trace(target)
     network = network or ticket.to_module(device=str(images.device))
     names = [n.name for n in target.nodes if n.op == "activation"]
     with torch.no_grad():
@@ -65,10 +66,10 @@ def ticket_deviations(
 
 
 @usual_defaults()
-def sampled_deviations(changed: Graph, target: Graph, images: Tensor) -> list[Deviation]:
+def sampled_deviations(changed: nn.Module | Graph, target: nn.Module | Graph, images: Tensor) -> list[Deviation]:
     """Deviations of a target with sampled errors, whose channels are its slots."""
     result: list[Deviation] = []
-    for (node, theirs), (_, ours) in zip(run(target, images), run(changed, images), strict=True):
+    for (node, theirs), (_, ours) in zip(run(trace(target), images), run(trace(changed), images), strict=True):
         if node.op == "activation":
             result.append(_deviation(node.name, ours, theirs, torch.arange(ours.shape[1]), result))
     return result

@@ -38,7 +38,10 @@ def compare(theirs: Tensor, ticket: nn.Module, split: Split) -> Comparison:
 @usual_defaults()
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
-    """The model's outputs in eval mode and float32, (N, classes), on the images' device."""
+    """The model's outputs in eval mode and float32, (N, classes), on the images' device.
+
+    The process keeps the memory that it frees from here on (`ltx.memory`).
+    """
     keep_freed_memory()
     with eval_mode(model):
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ltx import data, network
+from ltx import data
 from ltx.evaluation import outputs
 from ltx.ticket import Ticket
 
@@ -35,9 +35,8 @@ def main(path: Path, images: int) -> None:
     ticket = Ticket.load(path)
     x = torch.rand(images, *image_shape(ticket), generator=torch.Generator().manual_seed(0))
     results = {}
-    for name, below in (("sparse", network.SPARSE_BELOW), ("dense float32", 0.0)):
-        network.SPARSE_BELOW = below
-        module = ticket.to_module()
+    for name in ("sparse", "dense float32"):
+        module = ticket.to_module(dense=name != "sparse")
         results[name] = outputs(module, x[:32], batch_size=32)
         seconds = []
         for _ in range(3):

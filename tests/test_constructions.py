@@ -335,9 +335,57 @@ def test_padding_that_every_tap_sees_is_refused():
     model = nn.Sequential(nn.Conv2d(1, 2, 1, padding=1), nn.ReLU())
     with pytest.raises(LtxError, match=r"layer 0: every tap .* zero padding"):
         construct(model, head="construct")
+    bias_behind = nn.Sequential(nn.Conv2d(1, 2, 1, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    for construction in ("2L", "L+1"):
+        with pytest.raises(LtxError, match="no constant gets through it, which its bias needs, or one behind it"):
+            construct(bias_behind, construction=construction, head="construct", base_set_size=20)
+        assert verify(construct(bias_behind, construction=construction, base_set_size=20), bias_behind).ok
+
+
+def test_constants_that_are_too_small_are_no_matter_of_scaling():
+    """A row that sums -0.09 to 1; what another batch norm would make of it is another matter."""
+    model = nn.Sequential(
+        MaskedConv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.SiLU(), MaskedConv2d(2, 2, 3, padding=1), nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), MaskedLinear(2, 2),
+    ).eval()  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for module in (model[0], model[3], model[7]):
+        randomise(module, generator, 1.0)
+    nn.init.constant_(model[1].weight, 0.5)
+    nn.init.constant_(model[1].bias, -0.2)
+    how = {"construction": "2L", "head": "construct", "scaling": "layer_max"}
+    with pytest.raises(
+        LtxError, match=r"layer 3, constant channel: .*L\+1, or use batch_norm=fold, which makes other"
+    ):
+        construct(model, **how)
+    assert verify(construct(model, batch_norm="fold", **how), model).ok
+
+
+@pytest.mark.parametrize("construction", ["2L", "L+1"])
+def test_a_network_serves_wherever_its_graph_does(construction):
+    model, x = small_cnn("tanh"), images()
+    ticket, graph = construct(model, construction=construction), trace(model)
+    assert trace(graph) is graph
+    low, high = x.amin(0), x.amax(0)
+    sizes, epsilons = dict.fromkeys(graph.layers, 15), dict.fromkeys(graph.layers, 0.01)
+
+    def measured(target):
+        return (
+            verify(ticket, target),
+            ltx.deviation.ticket_deviations(ticket, target, x),
+            ltx.certificates.certify(ticket, target, low, high).largest,
+            ltx.theory.guarantee(target, 0.1, 0.1, construction=construction),
+            ltx.theory.failure_probability(target, 15, 0.01, construction=construction),
+            ltx.theory.ticket_error(target, epsilons, sizes, construction=construction),
+        )
+
+    assert measured(model) == measured(graph)
 
 
 def test_public_names():
     assert ltx.__all__ == ["Feedback", "LtxError", "Ticket", "construct", "subset_sum", "verify"]
     assert all(hasattr(ltx, name) for name in ltx.__all__)
+    assert {*ltx.__all__, "certificates", "deviation", "export", "graph", "theory"} <= set(dir(ltx))
+    assert all(hasattr(ltx, name) for name in dir(ltx))
+    assert not hasattr(ltx, "constructed")
     assert isinstance(small_cnn("relu")[5], MaskedLinear)

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+import torch
 from conftest import ROOT, small_cnn
 
 from ltx import cli
@@ -9,13 +11,13 @@ from ltx import cli
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_python_blocks_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda p: p.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"model": small_cnn("relu")})
-    assert (tmp_path / "ticket.safetensors").is_file()
+    given = {"model": small_cnn("relu"), "images": torch.rand(16, 1, 6, 6), "labels": torch.arange(16) % 3}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(compile(block, page.name, "exec"), dict(given))
+    assert page.name != "README.md" or (tmp_path / "ticket.safetensors").is_file()
 
 
 def test_commands_and_make_targets_exist():

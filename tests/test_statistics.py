@@ -96,6 +96,7 @@ def test_wilson_interval_holds_the_share(hits_and_n):
         ({"m": 5.0}, "m 5.0 must be a whole number"),
         ({"problems": 10.0}, "problems 10.0 must be a whole number"),
         ({"theta": math.nan}, "theta=nan: must be a number"),
+        ({"theta": "a"}, "theta 'a' must be a number"),
     ],
 )
 def test_arguments_without_meaning(arguments, message):

@@ -328,8 +328,21 @@ def test_no_problems(selection, m):
         (torch.ones(2, 3, dtype=torch.complex64), np.ones(2), 0.1, "best", "real numbers"),
         (torch.ones(2, 3).to_sparse(), torch.ones(2), 0.1, "best", "dense arrays of real numbers"),
         (torch.ones(2, 3, device="meta"), torch.ones(2), 0.1, "best", "dense arrays of real numbers"),
+        (np.ma.masked_less(np.ones((2, 3)), 0), np.ones(2), 0.1, "best", "masked arrays"),
+        (np.ones((2, 3)), np.ma.masked_less(np.ones(2), 2), 0.1, "best", "masked arrays"),
     ],
 )
 def test_refuses_bad_problems(x, theta, epsilon, selection, message):
     with pytest.raises(LtxError, match=message):
         solve(x, theta, epsilon, selection=selection)
+
+
+@pytest.mark.parametrize("made", [np.asarray, torch.as_tensor])
+def test_members_are_those_of_all_values(made):
+    found = solve(made(np.eye(32)), made(np.ones(32)), 0.1)
+    assert (np.asarray(found.members(32)) == np.eye(32, dtype=bool)).all()
+    for m in (31, 3, 0, -1):
+        with pytest.raises(LtxError, match=f"m={m}, but there are subsets with values behind those"):
+            found.members(m)
+    with pytest.raises(LtxError, match="m 'a' must be a whole number"):
+        found.members("a")

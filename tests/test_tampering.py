@@ -233,3 +233,17 @@ def test_a_sigma_beyond_the_linear_neighbourhood_is_found(monkeypatch):
     ticket = construct(model, base_set_size=16)
     result = verify(ticket, trace(model))
     assert "from linear on inputs of at most 1" in result.violations[0]
+
+
+@pytest.mark.parametrize("pair", [{}, {"pair_kernel": 3}, {"pair_kernel": 3, "pair_stride": "first"}])
+@pytest.mark.parametrize("construction", ["2L", "L+1"])
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_a_smaller_m_than_that_of_the_base_sets_is_found(activation, construction, pair):
+    """Sums have so few terms that they say nothing; the slots that they are taken from do."""
+    model = small_cnn(activation, density=0.9)
+    ticket = construct(model, construction=construction, base_set_size=18, epsilon=0.05, **pair)
+    assert verify(ticket, model).ok
+    (found,) = verify(replace(ticket, base_set_size=9), model).violations
+    most = 18 if activation == "sigmoid" else 9
+    many = int(found.removeprefix("layer 0: reads ").removesuffix(f" slots of input channel 0, a base set has {most}"))
+    assert most < many <= 2 * most

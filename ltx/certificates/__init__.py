@@ -27,14 +27,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltx.certificates.backwards import Backwards
 from ltx.certificates.forwards import Forwards, NodeBound
 from ltx.certificates.tightened import tightened
 from ltx.defaults import usual_defaults
 from ltx.errors import LtxError
-from ltx.graph import Graph, fold_batch_norm
+from ltx.graph import Graph, fold_batch_norm, trace
 from ltx.intervals import Interval
 from ltx.ticket import Ticket
 
@@ -58,13 +58,13 @@ class Certificate:
 
 @usual_defaults()
 @torch.no_grad()
-def certify(ticket: Ticket, target: Graph, low: Tensor, high: Tensor, *, sharp: bool = True) -> Certificate:
+def certify(ticket: Ticket, target: nn.Module | Graph, low: Tensor, high: Tensor, *, sharp: bool = True) -> Certificate:
     """Bound the deviation of a ticket's outputs over all images between `low` and `high`.
 
     Args:
         ticket: one that `ltx.verification.verify` finds in order.
-        target: the graph that it was made for; where the ticket folds batch norm, the bound is to the folded target,
-            whose parameters are rounded to float32.
+        target: the network that it was made for, or its graph; where the ticket folds batch norm, the bound is to the
+            folded target, whose parameters are rounded to float32.
         low, high: (C, H, W), the least and largest value of each element; any float type, exactly taken.
         sharp: whether the copies in a pair are treated as functions of the slot that they read, and not as slots with
             deviations of their own; and whether passes go back from the outputs, and from later activations.
@@ -74,7 +74,9 @@ def certify(ticket: Ticket, target: Graph, low: Tensor, high: Tensor, *, sharp: 
 
     Raises:
         LtxError: a box without images, or without bounds.
+        ConstructionError: a target that cannot be traced.
     """
+    target = trace(target)
     if low.shape != high.shape or low.ndim != 3 or not bool(((low <= high) & low.isfinite() & high.isfinite()).all()):
         raise LtxError(f"low and high must be finite images (C, H, W) with low <= high, not {tuple(low.shape)}")
     if not any(node.op == "batch_norm" for node in ticket.graph):

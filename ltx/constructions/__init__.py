@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ltx.checks import seed_of, whole
+from ltx.checks import real, seed_of, whole
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
@@ -103,7 +103,10 @@ def construct(
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
     base_set_size, seed = whole("base_set_size", base_set_size, ConstructionError), seed_of(seed, ConstructionError)
-    pair_kernel, epsilon = whole("pair_kernel", pair_kernel, ConstructionError), _real("epsilon", epsilon)
+    pair_kernel, epsilon = (
+        whole("pair_kernel", pair_kernel, ConstructionError),
+        real("epsilon", epsilon, ConstructionError),
+    )
     input_range, device = _range(input_range), _device(device)
     if not 1 <= base_set_size <= MAX_BASE_SET_SIZE:
         raise ConstructionError(f"base_set_size {base_set_size} must lie between 1 and {MAX_BASE_SET_SIZE}")
@@ -121,7 +124,7 @@ def construct(
         raise ConstructionError(f"calibration: must be a tensor of images, is a {type(calibration).__name__}")
     if feedback is not None and not isinstance(feedback, Feedback):
         raise ConstructionError(f"feedback: must be ltx.Feedback(...), is a {type(feedback).__name__}")
-    graph = model if isinstance(model, Graph) else trace(model)
+    graph = trace(model)
     walked = fold_batch_norm(graph) if batch_norm == "fold" else graph
     compared, within = None, epsilon
     if calibration is not None:
@@ -145,19 +148,12 @@ def construct(
     )
 
 
-def _real(name: str, value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ConstructionError(f"{name} {value!r} must be a number") from None
-
-
 def _range(value: object) -> tuple[float, float]:
     try:
         low, high = value  # type: ignore[misc]
     except (TypeError, ValueError):
         raise ConstructionError(f"input_range {value!r} must be two numbers, (LOW, HIGH)") from None
-    low, high = _real("input_range", low), _real("input_range", high)
+    low, high = real("input_range", low, ConstructionError), real("input_range", high, ConstructionError)
     if not -math.inf < low < high < math.inf:
         raise ConstructionError(f"input_range {(low, high)}: must be two finite numbers, the first below the second")
     return low, high
@@ -191,9 +187,9 @@ class _Walk:
             if not self.layout.writers[self.layout.stream[graph[name].inputs[0]]]:
                 raise ConstructionError(f"the head '{name}' reads the image itself; use head='construct'")
         self.streams = {
-            name: Stream(len(graph.layers[layers[0]].weight)) for name, layers in self.layout.writers.items() if layers
-        }
-
+            name: Stream(len(graph.layers[layers[0]].weight), graph.normalised)
+            for name, layers in self.layout.writers.items() if layers
+        }  # fmt: skip
         self._open = list(self.streams)  # of which rows may be asked for yet
 
     def run(self, input_range: tuple[float, float], on_layer: Callable[[str], None]) -> None:

@@ -368,7 +368,8 @@ def constant_tap(target: Layer, name: str, taps: int, *, needed: bool) -> int:
 def no_constant_tap(target: Layer, name: str) -> ConstructionError:
     return ConstructionError(
         f"layer {name}: every tap of its kernel {tuple(target.weight.shape[2:])} reads the zero padding "
-        f"{target.padding} somewhere, so that its bias cannot be represented; pad by at most half the kernel"
+        f"{target.padding} somewhere, so that no constant gets through it, which its bias needs, or one behind it; pad "
+        "by at most half the kernel, or keep the head, where no other bias needs one"
     )
 
 

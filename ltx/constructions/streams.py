@@ -108,6 +108,7 @@ class Stream:
     """The slots that several nodes share."""
 
     width: int  # channels of the target here
+    normalised: bool = False  # whether the target has batch norm that is kept
     channels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # of each slot; or CONSTANT
     writers: dict[str, Writer] = field(default_factory=dict)  # layer -> writer, in order
 
@@ -185,8 +186,16 @@ class Stream:
             f"among {writer.bases.columns.shape[1]} values; raise m"
             + ("" if free else " or epsilon")
             + (", or use construction=L+1" if layer.role == "pair" and layer.index > 1 else "")
-            + (", or use scaling=layer_max" if _beyond(problems, writer.bases, layer) else "")
+            + self._remedy(kind, problems, writer)
         )
+
+    def _remedy(self, kind: int, problems: Problems, writer: Writer) -> str:
+        """What else may help where subsets are too small for what they should sum to."""
+        if not _beyond(problems, writer.bases, writer.layer):
+            return ""
+        if kind != CONSTANT:
+            return ", or use scaling=layer_max"
+        return ", or use batch_norm=fold, which makes other constants" if self.normalised else ""
 
     def labels(self, name: str) -> Tensor:
         """What the rows of a writer stand for, (slots,): a channel, CONSTANT, or DEAD where the row was not solved."""

@@ -46,14 +46,16 @@ class _Tracer(fx.Tracer):
 
 
 @usual_defaults()
-def trace(model: nn.Module) -> Graph:
+def trace(model: nn.Module | Graph) -> Graph:
     """The graph of `model` in eval mode; concatenations are taken apart.
 
-    What torch.compile or DataParallel has wrapped is traced without.
+    What torch.compile or DataParallel has wrapped is traced without. A graph is what it is.
 
     Raises:
         ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason.
     """
+    if isinstance(model, Graph):
+        return model
     wrapped, model = model, getattr(model, "_orig_mod", model)
     model = model.module if isinstance(model, _PARALLEL) else model
     if not isinstance(model, nn.Module):

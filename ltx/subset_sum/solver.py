@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltx.checks import whole
 from ltx.compiled import compiled
 from ltx.errors import LtxError
 from ltx.subset_sum import by_size, halves
@@ -41,7 +42,14 @@ class SubsetSums:
     error: np.ndarray | Tensor
 
     def members(self, m: int) -> np.ndarray | Tensor:
-        """Which of the m values are in the subsets, (n, m) bool."""
+        """Which of the m values are in the subsets, (n, m) bool.
+
+        Raises:
+            LtxError: subsets have values behind the first m.
+        """
+        m = whole("m", m)
+        if m < 0 or bool((self.mask >= 1 << m).any()):
+            raise LtxError(f"subset sums: m={m}, but there are subsets with values behind those; give that of `values`")
         if isinstance(self.mask, Tensor):
             return (self.mask[:, None] >> torch.arange(m, device=self.mask.device)) & 1 == 1
         return (self.mask[:, None] >> np.arange(m, dtype=np.uint32)) & 1 == 1
@@ -75,6 +83,8 @@ def solve(
         LtxError: wrong shapes or types, an unknown selection, an epsilon that is not positive, an entry that is NaN or
             infinite, or entries so large that a sum may overflow.
     """
+    if isinstance(values, np.ma.MaskedArray) or isinstance(targets, np.ma.MaskedArray):
+        raise LtxError("subset sums: masked arrays are not looked at; give the values themselves")
     values, targets = (a.detach() if isinstance(a, Tensor) else np.asarray(a) for a in (values, targets))
     shape, targets_shape = tuple(values.shape), tuple(targets.shape)
     if len(shape) != 2 or targets_shape != shape[:1]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ltx import source
-from ltx.checks import seed_of, whole
+from ltx.checks import real, seed_of, whole
 from ltx.errors import LtxError
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 from ltx.subset_sum.solver import solve
@@ -100,8 +100,10 @@ def sample(
     m, problems, seed = whole("m", m), whole("problems", problems), seed_of(seed)
     if not 1 <= m <= MAX_BASE_SET_SIZE:
         raise LtxError(f"m={m}: must lie between 1 and {MAX_BASE_SET_SIZE}")
-    if theta is not None and not math.isfinite(theta):
-        raise LtxError(f"theta={theta}: must be a number, or None for random targets")
+    if theta is not None:
+        theta = real("theta", theta)
+        if not math.isfinite(theta):
+            raise LtxError(f"theta={theta}: must be a number, or None for random targets")
     if not 2 <= problems <= MAX_PROBLEMS:
         raise LtxError(f"problems={problems}: must lie between 2 and {MAX_PROBLEMS}; several seeds give more")
     error, size = np.empty(problems), np.empty(problems, np.uint8)

@@ -23,7 +23,7 @@ from ltx.deviation import Deviation, sampled_deviations, ticket_deviations
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import compare, outputs
 from ltx.files import require_writable, write_json
-from ltx.graph import fold_batch_norm, trace
+from ltx.graph import fold_batch_norm
 from ltx.tasks import provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
 from ltx.ticket import Ticket
@@ -155,7 +155,7 @@ def _sampled(path: Path, target: targets_at.Target) -> _Candidate:
         "source_parameters": None, "max_parameter_error": None, "construction_seconds": None, "problems": None,
     }  # fmt: skip
     return _Candidate(
-        target, about, model, lambda images: sampled_deviations(trace(model), target.graph, images)
+        target, about, model, lambda images: sampled_deviations(model, target.graph, images)
     )  # fmt: skip
 
 

@@ -41,9 +41,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import nn
+
 from ltx.constructions.layout import IMAGE, layout
 from ltx.defaults import usual_defaults
-from ltx.graph import Graph
+from ltx.graph import Graph, trace
 from ltx.subset_sum.limits import PRODUCT, UNIFORM
 from ltx.theory.errors import budgets, ticket_error
 from ltx.theory.parts import check, parts_of, require_within_reach
@@ -102,8 +104,9 @@ class Guarantee:
 
 @usual_defaults()
 def guarantee(
-    graph: Graph, error: float, delta: float, *, construction: str, input_range: tuple[float, float] = (-1.0, 1.0),
-    head: str = "keep", scaling: str = "unit", form: str = "norms", uniform: float = UNIFORM, product: float = PRODUCT,
+    model: nn.Module | Graph, error: float, delta: float, *, construction: str,
+    input_range: tuple[float, float] = (-1.0, 1.0), head: str = "keep", scaling: str = "unit", form: str = "norms",
+    uniform: float = UNIFORM, product: float = PRODUCT,
     same_size: bool = False, pair_kernel: int = 1, pair_stride: str = "second",
 ) -> Guarantee:  # fmt: skip
     """The widths of a source that contains a ticket with an error of at most `error` with probability 1 - delta.
@@ -118,6 +121,7 @@ def guarantee(
     Raises:
         LtxError: an error, a probability or a constant without meaning, or parameters beyond the reach of base sets.
     """
+    graph = trace(model)
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
     check(0 < delta < 1, f"delta {delta:g} must lie between 0 and 1")
     check(min(uniform, product) > 0, f"the constants C, {uniform:g} and {product:g}, must be positive")
@@ -169,7 +173,7 @@ def guarantee(
 
 @usual_defaults()
 def failure_probability(
-    graph: Graph, base_set_size: int, epsilon: float, *, construction: str,
+    model: nn.Module | Graph, base_set_size: int, epsilon: float, *, construction: str,
     input_range: tuple[float, float] = (-1.0, 1.0), head: str = "keep", scaling: str = "unit",
     uniform: float = UNIFORM, product: float = PRODUCT,
 ) -> float:  # fmt: skip
@@ -180,6 +184,7 @@ def failure_probability(
     Raises:
         LtxError: parameters beyond the reach of base sets.
     """
+    graph = trace(model)
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, epsilon, kept=kept)
     parts = parts_of(graph, joined, construction, kept, input_range, scaling)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from torch import nn
+
 from ltx.constructions.layout import IMAGE, layout
 from ltx.defaults import usual_defaults
-from ltx.graph import Graph, Node
+from ltx.graph import Graph, Node, trace
 from ltx.theory.parts import Part, parts_of
 
 NOTHING = 1e-300  # in place of 0, the gain of layers and batch norms that are zero
@@ -48,7 +50,7 @@ def budgets(
 
 @usual_defaults()
 def ticket_error(
-    graph: Graph,
+    model: nn.Module | Graph,
     epsilons: Mapping[str, float],
     sizes: Mapping[str, int],
     *,
@@ -65,6 +67,7 @@ def ticket_error(
         epsilons: layer -> error of its parameters.
         sizes: layer -> its m: a parameter is a sum of at most so many entries.
     """
+    graph = trace(model)
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, math.inf, kept=kept)  # who reads whom: that constants can be made is the ticket's business
     parts = parts_of(graph, joined, construction, kept, input_range, scaling)

@@ -53,8 +53,7 @@ def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration:
     """
     if not isinstance(ticket, Ticket):
         raise LtxError(f"a {type(ticket).__name__} is no ticket; read one with ltx.Ticket.load(PATH)")
-    if target is not None and not isinstance(target, Graph):
-        target = trace(target)
+    target = None if target is None else trace(target)
     if calibration is not None and not isinstance(calibration, Tensor):
         raise LtxError(f"calibration: must be a tensor of images (n, C, H, W), is a {type(calibration).__name__}")
     violations = list(structure(ticket))

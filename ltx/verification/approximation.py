@@ -214,6 +214,7 @@ class Approximation:
             many = torch.zeros_like(sums, dtype=torch.int32).index_put_(index, torch.ones_like(rows[into]).int(), True)
             for row, _ in (many > most).nonzero()[:1].tolist():
                 yield f"layer {layer.name}, row {row // len(sets)}: a sum has more terms than a base set of the ticket"
+            yield from self._base_sets(node, layer, channel[into].unique(), meaning, sign, most)
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
         wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)
@@ -244,6 +245,13 @@ class Approximation:
             size = torch.where(size > 0, size * reach, 0.0)
             high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
+
+    def _base_sets(self, node, layer, read, meaning, sign, most) -> Iterator[str]:
+        """No more columns are read than base sets have: m for each channel, in a pair for each sign and position."""
+        position = self._copied(node).tap[read] if node.inputs[0] in self.copies else torch.zeros_like(read)
+        sets, many = torch.stack([meaning[read], sign[read].long(), position]).unique(dim=1, return_counts=True)
+        for channel, count in zip(sets[0, many > most][:1].tolist(), many[many > most][:1].tolist(), strict=True):
+            yield f"layer {layer.name}: reads {count} slots of input channel {channel}, a base set has {most}"
 
     def _compare(self, layer, sums, kept, wanted, rows, sets, epsilon, taps=0) -> Iterator[str]:
         """taps: of a weight; 0 for a bias."""
