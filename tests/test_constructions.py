@@ -371,7 +371,7 @@ def test_a_network_serves_wherever_its_graph_does(construction):
 
     def measured(target):
         return (
-            verify(ticket, target),
+            verify(ticket, target).max_parameter_error,
             ltx.deviation.ticket_deviations(ticket, target, x),
             ltx.certificates.certify(ticket, target, low, high).largest,
             ltx.theory.guarantee(target, 0.1, 0.1, construction=construction),
