@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ltx import operations
-from ltx.activations import from_attributes
+from ltx.activations import Activation, from_attributes
 from ltx.defaults import usual_defaults
 from ltx.source import SourceLayer
 from ltx.sparse_conv import SparseConvolution
@@ -25,8 +25,8 @@ class TicketNetwork(nn.Module):
 
     Rows that nothing reads are left out; what is read has exactly the source's values, in buffers of its own, which may
     be changed. Convolutions are dense on a GPU, and on a CPU sparse where that is faster and nothing but a value is
-    asked for: with gradients, tangents, `torch.func`, `torch.compile` and exporters they are dense. Parameters that are
-    set where there was a zero are seen by the sparse ones unless they are written past PyTorch (`.data`, NumPy).
+    asked for: with gradients, tangents, `torch.func`, `torch.compile` and exporters they are dense. Entries that were
+    zero are noticed by the sparse ones unless they are written past PyTorch, in place (`.data`, NumPy).
     """
 
     @usual_defaults()
@@ -35,6 +35,7 @@ class TicketNetwork(nn.Module):
         super().__init__()
         self._dense = dense
         self.graph = ticket.graph
+        self._activations = _activations(ticket.graph)
         self._layers = {layer.name: layer for layer in ticket.layers}
         self._sparse: dict[str, _Sparse] = {}  # made when they are used
         # a tensor without channels is more than torch can convolve: keep one where nothing is read
@@ -126,7 +127,7 @@ class TicketNetwork(nn.Module):
         return operations.OPERATIONS[node.op](inputs, node.attributes)
 
     def _activation(self, node: TicketNode, x: Tensor) -> Tensor:
-        return from_attributes(node.attributes).fn(x)
+        return self._activations[node.name].fn(x)
 
     def _narrow(self, x: Tensor, node: TicketNode, position: int) -> Tensor:
         """Of an input of a node the channels that the node takes."""
@@ -138,15 +139,16 @@ class TicketNetwork(nn.Module):
         return x[:, self.get_buffer(key)]
 
     def _held(self, name: str) -> tuple[Tensor, Tensor]:
+        """Buffers, or parameters that have taken their place."""
         key = self._keys[name]
-        return self.get_buffer(f"{key}_weight"), self.get_buffer(f"{key}_bias")
+        return getattr(self, f"{key}_weight"), getattr(self, f"{key}_bias")
 
     def _apply_layer(self, node: TicketNode, x: Tensor) -> Tensor:
         weight, bias = self._held(node.name)
         if node.op == "given":
             return operations.affine(x, weight, bias)
         layer = self._layers[node.attributes["layer"]]
-        if layer.kind == "conv" and not self._dense and _value_alone(x, weight, bias):
+        if not (self._dense or bias is None) and _value_alone(x, weight, bias) and _fits(x, weight, bias, layer):
             sparse = self._sparse.get(node.name)
             if sparse is None or not sparse.is_of(weight):
                 self._sparse[node.name] = sparse = _Sparse.of(weight, layer)
@@ -155,16 +157,29 @@ class TicketNetwork(nn.Module):
         return operations.affine(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
     def __getstate__(self) -> dict:
-        """Without the sparse convolutions: a copy has buffers of its own."""
-        return {**self.__dict__, "_sparse": {}}
+        """Without sparse convolutions, for a copy has buffers of its own, and functions: they are made again."""
+        return {**self.__dict__, "_sparse": {}, "_activations": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._activations = _activations(self.graph)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> TicketNetwork:
+        """The storage of weights that move elsewhere is let go."""
+        self._sparse.clear()
+        return super()._apply(fn, recurse)
+
+
+def _activations(graph: Sequence[TicketNode]) -> dict[str, Activation]:
+    return {node.name: from_attributes(node.attributes) for node in graph if node.op == "activation"}
 
 
 @dataclass(frozen=True)
 class _Sparse:
     """Where a convolution's weight is not zero."""
 
-    weight: weakref.ref[Tensor]
-    version: int  # of the weight, which PyTorch counts changes by
+    state: tuple
+    storage: torch.UntypedStorage  # held, so that no other one comes to lie in its place
     places: Tensor  # flat
     convolution: SparseConvolution | None  # None where too much is kept
 
@@ -174,33 +189,53 @@ class _Sparse:
         convolution, row_size = None, weight[0].numel()
         if len(places) < SPARSE_BELOW * weight.numel():
             convolution = SparseConvolution(
-                places // row_size, places % row_size, shape=weight.shape[:2], kernel=layer.shape[2:],  # type: ignore[arg-type]
+                places // row_size, places % row_size, shape=weight.shape[:2], kernel=weight.shape[2:],  # type: ignore[arg-type]
                 stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
             )  # fmt: skip
-        return cls(weakref.ref(weight), weight._version, places, convolution)
+        return cls(cls._state(weight), weight.untyped_storage(), places, convolution)
 
     def is_of(self, weight: Tensor) -> bool:
-        return self.weight() is weight and self.version == weight._version
+        return self.state == self._state(weight)
+
+    @staticmethod
+    def _state(weight: Tensor) -> tuple:
+        """What changes with the weight."""
+        return weight.data_ptr(), weight.shape, weight.stride(), weight._version
 
 
 def _value_alone(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether these are numbers in memory, and nothing but an output in float32 is asked of them."""
-    tensors = x, weight, bias
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode():  # type: ignore[attr-defined]
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return not weight.is_inference() and all(  # changes of an inference tensor are not counted
+    if weight.requires_grad or bias.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
+        return False  # fused optimisers change parameters uncounted
+    return not weight.is_inference() and all(  # nor are changes of inference tensors counted
         t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t)
         and forward_ad.unpack_dual(t).tangent is None
-        for t in tensors
+        for t in (x, weight, bias)
     )  # fmt: skip
 
 
 def _in_memory(tensor: Tensor) -> bool:
     """Not so within `torch.func` or among fake tensors."""
+    if torch._is_functional_tensor(tensor):  # type: ignore[attr-defined]
+        return False
     try:
         tensor.detach().numpy()
     except RuntimeError:
         return False
     return True
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor, layer: SourceLayer) -> bool:
+    """Whether there is a convolution of these shapes; what is wrong with others PyTorch says."""
+    return (
+        x.ndim == weight.ndim == 4 and x.shape[1] == weight.shape[1]
+        and bias.shape == weight.shape[:1] and weight.numel() > 0
+        and all(
+            size + 2 * padding > dilation * (kernel - 1)
+            for size, padding, dilation, kernel in zip(
+                x.shape[2:], layer.padding, layer.dilation, weight.shape[2:], strict=True
+            )
+        )
+    )  # fmt: skip

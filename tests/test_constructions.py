@@ -354,11 +354,14 @@ def test_constants_that_are_too_small_are_no_matter_of_scaling():
     nn.init.constant_(model[1].weight, 0.5)
     nn.init.constant_(model[1].bias, -0.2)
     how = {"construction": "2L", "head": "construct", "scaling": "layer_max"}
-    with pytest.raises(
-        LtxError, match=r"layer 3, constant channel: .*L\+1, or use batch_norm=fold, which makes other"
-    ):
+    with pytest.raises(LtxError, match=r"layer 3, constant channel: .*L\+1, or use batch_norm=fold, which makes other"):
         construct(model, **how)
     assert verify(construct(model, batch_norm="fold", **how), model).ok
+    for module in (model[0], model[3], model[7]):
+        randomise(module, generator, 0.0)  # of which biases are left
+    model[1] = nn.Identity()
+    with pytest.raises(LtxError, match=r"layer 3, constant channel: .*L\+1$"):
+        construct(model, base_set_size=3, epsilon=0.05, **how)
 
 
 @pytest.mark.parametrize("construction", ["2L", "L+1"])

@@ -87,6 +87,7 @@ def test_panels_show_every_problem(epsilon):
         assert np.abs(edges - epsilon).min() < 1e-9  # no bar is of both sides of epsilon
         assert math.isclose(_heights(errors)[edges < epsilon - 1e-9].sum(), drawn.solved.mean())
         assert errors.get_yscale() == "log"
+        assert [line.get_xdata()[0] for line in errors.lines] == [epsilon]
         assert errors.get_ylim()[0] < 1 / 3000 < errors.get_ylim()[1]  # one problem can be seen
         statistics = summarise(drawn)
         assert f"{100 * statistics.failure_share:.2g} % beyond" in errors.get_title("right")

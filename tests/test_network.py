@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ltx
 from ltx import export
@@ -73,14 +74,54 @@ def there_and_back(network):
     edit(network)
 
 
+def inference_tensors(network):
+    with torch.inference_mode():
+        network.double().float()
+        edit(network)
+
+
+def another_storage(network):
+    for buffer in network.buffers():
+        buffer.data = perturbed(buffer)
+
+
+def replaced(network):
+    for name, buffer in list(network.named_buffers()):
+        setattr(network, name, perturbed(buffer))
+
+
+def replaced_by_parameters(network):
+    for name, buffer in list(network.named_buffers()):
+        if buffer.is_floating_point():
+            setattr(network, name, nn.Parameter(perturbed(buffer)))
+
+
+def swapped(network):
+    for buffer in network.buffers():
+        torch.utils.swap_tensors(buffer, perturbed(buffer))
+
+
+def fused_optimiser(network):
+    """Which does not count its changes."""
+    trained = [buffer.requires_grad_() for buffer in network.buffers() if buffer.is_floating_point()]
+    for buffer in trained:
+        buffer.grad = torch.ones_like(buffer)
+    torch.optim.SGD(trained, lr=0.01, fused=True).step()
+
+
 def channels_last(network):
     network.to(memory_format=torch.channels_last)
     edit(network)
 
 
 @pytest.mark.parametrize(
-    "change", [load, edit, edit_kept_values_past_autograd, edit_in_inference_mode, there_and_back, channels_last]
-)
+    "change",
+    [
+        load, edit, edit_kept_values_past_autograd, edit_in_inference_mode, inference_tensors, there_and_back,
+        another_storage, replaced, replaced_by_parameters, swapped, fused_optimiser, channels_last,
+    ],
+)  # fmt: skip
+@torch.no_grad()
 def test_changed_parameters_are_those_that_run(ticket, images, change):
     network, dense = ticket.to_module(), ticket.to_module(dense=True)
     before = network(images)
@@ -145,14 +186,64 @@ def test_derivatives_of_every_kind(ticket, images):
             torch.einsum("noabcd,abcd->no", jacobian(network)(images), along), expected, atol=1e-5, rtol=1e-4
         )
     assert sparse_layers(network) == 3
-    named = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    weight = named[next(name for name in named if name.endswith("_weight"))].requires_grad_()
-    output = torch.func.functional_call(network, named, (images,))
-    assert torch.autograd.grad(output.sum(), weight)[0].abs().sum() > 0
-    with torch.no_grad():  # nothing is asked for
-        weight.zero_()
-        other = torch.func.functional_call(network, named, (images,))
-        assert not torch.allclose(other, network(images))
+
+
+def test_gradients_of_every_parameter(ticket, images):
+    network, dense = ticket.to_module(), ticket.to_module(dense=True)
+    network(images)
+    names = [name for name, buffer in network.named_buffers() if buffer.is_floating_point()]
+    for name in names:
+        found, expected = (
+            torch.autograd.grad(torch.func.functional_call(n, {name: value}, (images,))[:, 0].sum(), value)[0]
+            for n in (network, dense)
+            for value in (n.get_buffer(name).clone().requires_grad_(),)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    zero = {name: torch.zeros_like(network.get_buffer(name)) for name in names}
+    assert not torch.func.functional_call(network, zero, (images,)).any()
+    torch.testing.assert_close(network(images), dense(images), atol=1e-5, rtol=1e-4)
+
+
+def test_what_asks_for_no_gradient_is_sparse(ticket, images):
+    network = ticket.to_module()
+    with torch.no_grad():
+        network(images.requires_grad_())
+    assert sparse_layers(network) == 3
+
+
+def test_other_types_are_dense(ticket, images):
+    network, dense = ticket.to_module().double(), ticket.to_module(dense=True).double()
+    torch.testing.assert_close(network(images.double()), dense(images.double()), atol=1e-12, rtol=1e-12)
+    assert not sparse_layers(network)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (4, 3, 2, 8), (4, 3, 8), (3, 8)])
+def test_images_of_another_shape_are_refused_as_by_pytorch(ticket, shape):
+    refused = []
+    for dense in (True, False):
+        network = ticket.to_module(dense=dense)
+        network(torch.zeros(1, 3, 8, 8))
+        with pytest.raises((RuntimeError, ValueError, IndexError)) as caught:
+            network(torch.zeros(shape))
+        refused.append(str(caught.value))
+    assert refused[0] == refused[1]
+
+
+@pytest.mark.parametrize("change", [lambda bias: torch.cat([bias, torch.ones(5000)]), lambda bias: bias[:1], None])
+def test_biases_of_another_shape_are_refused_as_by_pytorch(ticket, images, change):
+    results = []
+    for dense in (True, False):
+        network = ticket.to_module(dense=dense)
+        network(images)
+        for name, bias in list(network.named_buffers()):
+            if name.endswith("_bias") and network.get_buffer(name.replace("bias", "weight")).ndim == 4:
+                setattr(network, name, change and change(bias))
+        try:
+            results.append(network(images).flatten().tolist())
+        except RuntimeError as error:
+            results.append(str(error))
+    assert isinstance(results[0], str) == (change is not None)
+    assert results[1] == (pytest.approx(results[0], abs=1e-5) if change is None else results[0])
 
 
 @JIT_IS_OLD
@@ -163,6 +254,11 @@ def test_tracers_and_exporters(ticket, images):
     torch.testing.assert_close(exported(images), expected)
     traced = torch.jit.trace(network, images)
     torch.testing.assert_close(traced(images), expected)
+    torch.testing.assert_close(torch.func.functionalize(network)(images), expected)
+    recorded = make_fx(network)(images)
+    torch.testing.assert_close(recorded(images / 2), ticket.to_module(dense=True)(images / 2))
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), expected)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert network(mode.from_tensor(images)).shape == expected.shape
 

@@ -180,6 +180,10 @@ def test_the_figure_of_deviations_shows_geometric_means_over_seeds():
         np.testing.assert_allclose(line.get_xydata(), [[1, times * mean], [2, times * mean]])
     assert lines["explicit L+1, smallest, m = 15, ε = 0.01"].get_linestyle() != line.get_linestyle()
     assert (axes.get_title("left"), axes.get_yscale()) == ("tanh", "log")
+    assert axes.get_xlabel() == "activation, from the first to the last"
+    assert axes.get_ylabel() == "rms deviation of a slot / std of the target"
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [name for name in lines if name.startswith("explicit")]
 
 
 def feedback_results(penalty, seeds, examples=2000, ratio=10.0, lost=0.5, **changes):

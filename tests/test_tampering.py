@@ -14,7 +14,7 @@ from ltx.activations import ACTIVATIONS
 from ltx.errors import CheckpointError
 from ltx.files import read_tensors, write_tensors
 from ltx.graph import trace
-from ltx.targets.masked import MaskedConv2d
+from ltx.targets.masked import MaskedConv2d, MaskedLinear
 from ltx.ticket import CONSTANT, TicketNode
 
 two_for_one = sys.modules["ltx.constructions.two_for_one"]  # the package has a function of that name
@@ -241,9 +241,53 @@ def test_a_sigma_beyond_the_linear_neighbourhood_is_found(monkeypatch):
 def test_a_smaller_m_than_that_of_the_base_sets_is_found(activation, construction, pair):
     """Sums have so few terms that they say nothing; the slots that they are taken from do."""
     model = small_cnn(activation, density=0.9)
+    model[0].stride = model[0].stride[0] + ("pair_stride" in pair), model[0].stride[1]
+    model[5] = MaskedLinear(4 * (3 if "pair_stride" in pair else 6) * 6, 3)
     ticket = construct(model, construction=construction, base_set_size=18, epsilon=0.05, **pair)
     assert verify(ticket, model).ok
     (found,) = verify(replace(ticket, base_set_size=9), model).violations
     most = 18 if activation == "sigmoid" else 9
     many = int(found.removeprefix("layer 0: reads ").removesuffix(f" slots of input channel 0, a base set has {most}"))
     assert most < many <= 2 * most
+
+
+class _Sum(nn.Module):
+    """Two activations, of which the sum is positive, as bounds say and a construction does not know."""
+
+    def __init__(self, other: nn.Module):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(1, 1, 1) for _ in range(3))
+        self.d, self.other = nn.Conv2d(1, 8, 3, padding=1), other
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in (self.a, self.b, self.c):
+                layer.weight.fill_(0.5)
+                layer.bias.zero_()
+            self.d.weight.copy_(torch.rand(self.d.weight.shape, generator=generator) * 1.8 - 0.9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x).relu()
+        return self.d(self.b(h).sigmoid() + self.other(self.c(h))).relu()
+
+
+@pytest.mark.parametrize("other", [nn.LeakyReLU(0.01), nn.Hardtanh(-0.1, 1.0)])
+def test_base_sets_of_both_signs_where_one_would_do_are_honest(other):
+    model = _Sum(other).eval()
+    for m in (15, 20):
+        ticket = construct(model, construction="2L", base_set_size=m, input_range=(0.0, 1.0), head="construct")
+        assert verify(ticket, model).violations == ()
+        assert verify(replace(ticket, base_set_size=m // 2), model).violations[0].startswith("layer d")
+
+
+def test_base_sets_behind_a_batch_norm_that_is_zero_are_honest():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(72, 2, bias=False),
+    ).eval()  # fmt: skip
+    nn.init.zeros_(model[1].weight)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in (model[0], model[2], model[5]):
+            layer.weight.copy_(torch.rand(layer.weight.shape, generator=generator) * 1.8 - 0.9)
+    ticket = construct(model, construction="2L", base_set_size=20, head="construct")
+    assert verify(ticket, model).violations == ()

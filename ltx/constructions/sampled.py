@@ -19,7 +19,7 @@ from ltx.checks import seed_of
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError
-from ltx.graph import above, trace
+from ltx.graph import Graph, above, trace
 from ltx.subset_sum import sample
 
 PROBLEMS = 100_000  # the paper's
@@ -54,6 +54,8 @@ def sampled(
             or nothing else; a seed that is none.
         LtxError: as `ltx.subset_sum.solve`.
     """
+    if isinstance(model, Graph):
+        raise ConstructionError("a graph has no state whose parameters could get errors; give the network itself")
     graph = trace(model)
     generator = torch.Generator().manual_seed(seed_of(seed, ConstructionError))
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

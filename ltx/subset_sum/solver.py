@@ -45,11 +45,11 @@ class SubsetSums:
         """Which of the m values are in the subsets, (n, m) bool.
 
         Raises:
-            LtxError: subsets have values behind the first m.
+            LtxError: subsets have values behind the first m, or m is beyond 32.
         """
         m = whole("m", m)
-        if m < 0 or bool((self.mask >= 1 << m).any()):
-            raise LtxError(f"subset sums: m={m}, but there are subsets with values behind those; give that of `values`")
+        if not 0 <= m <= MAX_BASE_SET_SIZE or bool((self.mask >= 1 << m).any()):
+            raise LtxError(f"subset sums: m={m} is not that of the values, or there are subsets of more; give that")
         if isinstance(self.mask, Tensor):
             return (self.mask[:, None] >> torch.arange(m, device=self.mask.device)) & 1 == 1
         return (self.mask[:, None] >> np.arange(m, dtype=np.uint32)) & 1 == 1

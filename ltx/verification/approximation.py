@@ -210,11 +210,7 @@ class Approximation:
         sums.index_put_(index, term[into], accumulate=True)
         kept[index] = True
         if not self.ticket.feedback:  # with it, narrow layers have more slots
-            most = self.ticket.base_set_size * (2 if layer.opposite == "columns" else 1)
-            many = torch.zeros_like(sums, dtype=torch.int32).index_put_(index, torch.ones_like(rows[into]).int(), True)
-            for row, _ in (many > most).nonzero()[:1].tolist():
-                yield f"layer {layer.name}, row {row // len(sets)}: a sum has more terms than a base set of the ticket"
-            yield from self._base_sets(node, layer, channel[into].unique(), meaning, sign, most)
+            yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning, worth)
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
         wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)
@@ -246,10 +242,25 @@ class Approximation:
             high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
 
-    def _base_sets(self, node, layer, read, meaning, sign, most) -> Iterator[str]:
-        """No more columns are read than base sets have: m for each channel, in a pair for each sign and position."""
-        position = self._copied(node).tap[read] if node.inputs[0] in self.copies else torch.zeros_like(read)
-        sets, many = torch.stack([meaning[read], sign[read].long(), position]).unique(dim=1, return_counts=True)
+    def _base_sets(self, node, layer, rows, columns, parameter, meaning, worth) -> Iterator[str]:
+        """Sums have no more terms than base sets, and of a channel no more columns are read: m, or m opposites.
+
+        In a pair base sets are of a channel, a position and a sign. Copies of both signs share one where the
+        activation's slopes are odd or its offset cancels; elsewhere an input that is not negative needs one sign alone,
+        but the construction need not know that it is not.
+        """
+        most = self.ticket.base_set_size * (2 if layer.opposite == "columns" else 1)
+        sign = position = torch.zeros_like(meaning)
+        if node.inputs[0] in self.copies:
+            phi, position = _inside(self.copies[node.inputs[0]][0]), self._copied(node).tap
+            if phi.offset == 0 and not phi.odd_slopes:
+                sign = worth.sign().long()
+        size = int(parameter.max()) + 1 if len(parameter) else 1
+        terms = torch.bincount((rows * size + parameter) * 2 + (sign[columns] < 0))
+        for term in (terms > most).nonzero().flatten()[:1].tolist():
+            yield f"layer {layer.name}, row {term // (2 * size)}: a sum has more terms than a base set of the ticket"
+        read = columns.unique()
+        sets, many = torch.stack([meaning[read], sign[read], position[read]]).unique(dim=1, return_counts=True)
         for channel, count in zip(sets[0, many > most][:1].tolist(), many[many > most][:1].tolist(), strict=True):
             yield f"layer {layer.name}: reads {count} slots of input channel {channel}, a base set has {most}"
 
