@@ -210,7 +210,7 @@ class Approximation:
         sums.index_put_(index, term[into], accumulate=True)
         kept[index] = True
         if not self.ticket.feedback:  # with it, narrow layers have more slots
-            yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning, worth)
+            yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning)
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
         wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)
@@ -242,7 +242,7 @@ class Approximation:
             high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
 
-    def _base_sets(self, node, layer, rows, columns, parameter, meaning, worth) -> Iterator[str]:
+    def _base_sets(self, node, layer, rows, columns, parameter, meaning) -> Iterator[str]:
         """Sums have no more terms than base sets, and of a channel no more columns are read: m, or m opposites.
 
         In a pair base sets are of a channel, a position and a sign. Copies of both signs share one where the
@@ -252,9 +252,11 @@ class Approximation:
         most = self.ticket.base_set_size * (2 if layer.opposite == "columns" else 1)
         sign = position = torch.zeros_like(meaning)
         if node.inputs[0] in self.copies:
-            phi, position = _inside(self.copies[node.inputs[0]][0]), self._copied(node).tap
+            (phi_node, copies), position = self.copies[node.inputs[0]], self._copied(node).tap
+            phi = _inside(phi_node)
             if phi.offset == 0 and not phi.odd_slopes:
-                sign = worth.sign().long()
+                copied, _, values = self.ticket.kept(copies.name)
+                sign = sign.index_put((copied,), values.sign().long())
         size = int(parameter.max()) + 1 if len(parameter) else 1
         terms = torch.bincount((rows * size + parameter) * 2 + (sign[columns] < 0))
         for term in (terms > most).nonzero().flatten()[:1].tolist():
