@@ -80,6 +80,26 @@ def test_an_image_on_which_float32_happens_to_be_exact_says_little(seed):
     assert verify(ticket, model, shown).violations == ()
 
 
+@pytest.mark.parametrize("seed", [29, 49, 74])
+def test_what_float32_leaves_may_cancel_by_chance(seed):
+    """In the pair's means over an image of a constant network, with these seeds (on a Zen 4); 7 of 120 were refused."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Softplus(), nn.Conv2d(2, 2, 3, padding=1), nn.Softplus(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2),
+    ).eval()  # fmt: skip
+    nn.init.zeros_(model[1].weight)
+    nn.init.uniform_(model[1].bias)
+    shown = torch.rand(12, 1, 8, 8) * 3.2 - 3
+    ticket = construct(
+        model, selection="feedback", calibration=shown, seed=seed, input_range=(-3.0, 0.2), head="construct",
+        batch_norm="fold", epsilon=0.03, scaling="layer_max",
+    )  # fmt: skip
+    assert verify(ticket, model, shown).violations == ()
+    errors = {name: claimed + 1e-2 for name, claimed in ticket.errors.items()}
+    assert "the ticket claims" in verify(replace(ticket, errors=errors), model, shown).violations[0]
+
+
 def of_one_image(activation, construction, seed):
     """A network, its only calibration image, and a ticket."""
     torch.manual_seed(seed)

@@ -102,17 +102,32 @@ class Rows:
                 )
 
     def _noise(self, nodes: Collection[str]) -> dict[str, float]:
-        """What float32 changes of the ticket's values: the largest root mean square of a channel at each node."""
+        """What float32 changes of the ticket's values: the largest root mean square of a channel at each node.
+
+        Or at a node before it, in proportion to the size of the values: what a pair leaves may happen to cancel behind
+        it, and need not where the construction added it up.
+        """
         images, device = self.images[:EXACT], str(self.images.device)
         single, double = self.ticket.to_module(device=device), self.ticket.to_module(device=device).double()
-        squares: dict[str, list[Tensor]] = {node: [] for node in nodes}
+        order = [node.name for node in self.ticket.graph if node.name in nodes]
+        squares: dict[str, list[Tensor]] = {node: [] for node in order}
+        sizes: dict[str, list[Tensor]] = {node: [] for node in order}
         for shade in range(math.ceil(EXACT / len(images))):  # apart: matrix products of one row round otherwise
             darker = images * (1 - SHADE * shade)
             with torch.no_grad():
                 ours, exact = single.run(darker, keep=nodes), double.run(darker.double(), keep=nodes)
-            for node in nodes:
+            for node in order:
                 squares[node].append(_pixels(ours[node].double() - exact[node]).square().mean((0, 2)))
-        return {node: float(torch.stack(off).mean(0).max().sqrt()) for node, off in squares.items()}
+                sizes[node].append(exact[node].square().mean())
+        found, share = {}, 0.0
+        for node in order:
+            off, size = (
+                float(torch.stack(squares[node]).mean(0).max().sqrt()),
+                float(torch.stack(sizes[node]).mean().sqrt()),
+            )
+            share = max(share, off / size if size else 0.0)
+            found[node] = max(off, share * size)
+        return found
 
 
 def _pixels(values: Tensor) -> Tensor:
