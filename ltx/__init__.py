@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Feedback", "LtxError", "Ticket", "construct", "subset_sum", "verify"]
 
 _MODULES = (
-    "certificates", "data", "deviation", "evaluation", "export", "feedback", "graph", "subset_sum", "targets", "theory",
+    "certificates", "data", "deviation", "evaluation", "export", "graph", "subset_sum", "targets", "theory",
 )  # fmt: skip
 _WHERE = {
     "construct": "ltx.constructions", "Feedback": "ltx.feedback", "LtxError": "ltx.errors", "Ticket": "ltx.ticket",

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ltx import operations
 from ltx.activations import Activation, from_attributes
 from ltx.defaults import usual_defaults
-from ltx.source import SourceLayer
-from ltx.sparse_conv import SparseConvolution
+from ltx.sparse_conv import KeptPlaces, serves
 from ltx.ticket import Ticket, TicketNode
-
-SPARSE_BELOW = 0.25  # density under which the sparse convolution beats the dense one on a CPU
 
 
 class TicketNetwork(nn.Module):
@@ -37,7 +31,7 @@ class TicketNetwork(nn.Module):
         self.graph = ticket.graph
         self._activations = _activations(ticket.graph)
         self._layers = {layer.name: layer for layer in ticket.layers}
-        self._sparse: dict[str, _Sparse] = {}  # made when they are used
+        self._sparse: dict[str, KeptPlaces] = {}  # made when they are used
         # a tensor without channels is more than torch can convolve: keep one where nothing is read
         self._read = {n: c if len(c) else torch.zeros(1, dtype=torch.int64) for n, c in ticket.read_channels().items()}
         self._keys = {node.name: f"node{position}" for position, node in enumerate(ticket.graph)}
@@ -148,12 +142,12 @@ class TicketNetwork(nn.Module):
         if node.op == "given":
             return operations.affine(x, weight, bias)
         layer = self._layers[node.attributes["layer"]]
-        if not (self._dense or bias is None) and _value_alone(x, weight, bias) and _fits(x, weight, bias, layer):
-            sparse = self._sparse.get(node.name)
-            if sparse is None or not sparse.is_of(weight):
-                self._sparse[node.name] = sparse = _Sparse.of(weight, layer)
-            if sparse.convolution is not None:
-                return sparse.convolution(x, weight.reshape(-1)[sparse.places], bias)
+        if not self._dense and serves(x, weight, bias, layer):
+            known = self._sparse.get(node.name)
+            if known is None or not known.are_of(weight):
+                self._sparse[node.name] = known = KeptPlaces.of(weight, layer)
+            if known.convolution is not None:
+                return known.convolution(x, weight.reshape(-1)[known.places], bias)
         return operations.affine(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
     def __getstate__(self) -> dict:
@@ -172,70 +166,3 @@ class TicketNetwork(nn.Module):
 
 def _activations(graph: Sequence[TicketNode]) -> dict[str, Activation]:
     return {node.name: from_attributes(node.attributes) for node in graph if node.op == "activation"}
-
-
-@dataclass(frozen=True)
-class _Sparse:
-    """Where a convolution's weight is not zero."""
-
-    state: tuple
-    storage: torch.UntypedStorage  # held, so that no other one comes to lie in its place
-    places: Tensor  # flat
-    convolution: SparseConvolution | None  # None where too much is kept
-
-    @classmethod
-    def of(cls, weight: Tensor, layer: SourceLayer) -> _Sparse:
-        places = weight.reshape(-1).nonzero()[:, 0]
-        convolution, row_size = None, weight[0].numel()
-        if len(places) < SPARSE_BELOW * weight.numel():
-            convolution = SparseConvolution(
-                places // row_size, places % row_size, shape=weight.shape[:2], kernel=weight.shape[2:],  # type: ignore[arg-type]
-                stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
-            )  # fmt: skip
-        return cls(cls._state(weight), weight.untyped_storage(), places, convolution)
-
-    def is_of(self, weight: Tensor) -> bool:
-        return self.state == self._state(weight)
-
-    @staticmethod
-    def _state(weight: Tensor) -> tuple:
-        """What changes with the weight."""
-        return weight.data_ptr(), weight.shape, weight.stride(), weight._version
-
-
-def _value_alone(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether these are numbers in memory, and nothing but an output in float32 is asked of them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode():  # type: ignore[attr-defined]
-        return False
-    if weight.requires_grad or bias.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
-        return False  # fused optimisers change parameters uncounted
-    return not weight.is_inference() and all(  # nor are changes of inference tensors counted
-        t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t)
-        and forward_ad.unpack_dual(t).tangent is None
-        for t in (x, weight, bias)
-    )  # fmt: skip
-
-
-def _in_memory(tensor: Tensor) -> bool:
-    """Not so within `torch.func` or among fake tensors."""
-    if torch._is_functional_tensor(tensor):  # type: ignore[attr-defined]
-        return False
-    try:
-        tensor.detach().numpy()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _fits(x: Tensor, weight: Tensor, bias: Tensor, layer: SourceLayer) -> bool:
-    """Whether there is a convolution of these shapes; what is wrong with others PyTorch says."""
-    return (
-        x.ndim == weight.ndim == 4 and x.shape[1] == weight.shape[1]
-        and bias.shape == weight.shape[:1] and weight.numel() > 0
-        and all(
-            size + 2 * padding > dilation * (kernel - 1)
-            for size, padding, dilation, kernel in zip(
-                x.shape[2:], layer.padding, layer.dilation, weight.shape[2:], strict=True
-            )
-        )
-    )  # fmt: skip

@@ -7,12 +7,19 @@ stride s, every s-th pixel goes into a channel of its own, so that what a tap re
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ltx.compiled import compiled
+from ltx.source import SourceLayer
+
+SPARSE_BELOW = 0.25  # density under which it beats the dense convolution on a CPU
 
 
 class SparseConvolution:
@@ -60,6 +67,78 @@ class SparseConvolution:
             self.padding[0], self.padding[1], tall, wide, behind, group, out,
         )  # fmt: skip
         return torch.from_numpy(out)
+
+
+@dataclass(frozen=True)
+class KeptPlaces:
+    """Where the weight of a convolution is not zero, as long as it is not changed."""
+
+    state: tuple
+    storage: torch.UntypedStorage  # held, so that no other one comes to lie in its place
+    places: Tensor  # flat
+    convolution: SparseConvolution | None  # None where too much is kept
+
+    @classmethod
+    def of(cls, weight: Tensor, layer: SourceLayer) -> KeptPlaces:
+        places = weight.reshape(-1).nonzero()[:, 0]
+        convolution, row_size = None, weight[0].numel()
+        if len(places) < SPARSE_BELOW * weight.numel():
+            convolution = SparseConvolution(
+                places // row_size, places % row_size, shape=weight.shape[:2], kernel=weight.shape[2:],  # type: ignore[arg-type]
+                stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
+            )  # fmt: skip
+        return cls(cls._state(weight), weight.untyped_storage(), places, convolution)
+
+    def are_of(self, weight: Tensor) -> bool:
+        return self.state == self._state(weight)
+
+    @staticmethod
+    def _state(weight: Tensor) -> tuple:
+        """What changes with the weight."""
+        return weight.data_ptr(), weight.shape, weight.stride(), weight._version
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SourceLayer) -> bool:
+    """Whether a sparse convolution of this layer may stand in for PyTorch's."""
+    return bias is not None and _value_alone(x, weight, bias) and _fits(x, weight, bias, layer)
+
+
+def _value_alone(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether these are numbers in memory, and nothing but an output in float32 is asked of them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode():  # type: ignore[attr-defined]
+        return False
+    if weight.requires_grad or bias.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
+        return False  # fused optimisers change parameters uncounted
+    return not weight.is_inference() and all(  # nor are changes of inference tensors counted
+        t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t)
+        and forward_ad.unpack_dual(t).tangent is None
+        for t in (x, weight, bias)
+    )  # fmt: skip
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Not so within `torch.func` or among fake tensors."""
+    if torch._is_functional_tensor(tensor):  # type: ignore[attr-defined]
+        return False
+    try:
+        tensor.detach().numpy()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor, layer: SourceLayer) -> bool:
+    """Whether there is a convolution of these shapes; what is wrong with others PyTorch says."""
+    return (
+        x.ndim == weight.ndim == 4 and x.shape[1] == weight.shape[1]
+        and bias.shape == weight.shape[:1] and weight.numel() > 0
+        and all(
+            size + 2 * padding > dilation * (kernel - 1)
+            for size, padding, dilation, kernel in zip(
+                x.shape[2:], layer.padding, layer.dilation, weight.shape[2:], strict=True
+            )
+        )
+    )  # fmt: skip
 
 
 CACHE = 1_300_000  # bytes of padded images that stay in a core's cache; several of them where they are small

@@ -1,4 +1,4 @@
-"""Figures 3 and 4, and failures against m: what is drawn is what was measured."""
+"""Figures 3 and 4, failures against m, deviations: what is drawn is what was measured."""
 
 import math
 import re
@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from ltx.config import Settings
-from ltx.report.figures import FailureCurve, failure_figure, statistics_figure
+from ltx.report import deviation
+from ltx.report.figures import FailureCurve, failure_figure, panels, statistics_figure
 from ltx.subset_sum import sample, summarise
 from ltx.subset_sum.statistics import Sample, constant, wilson_interval
 from ltx.tasks import figures
@@ -169,3 +170,48 @@ def test_the_table_of_failures_is_that_of_the_curves(monkeypatch):
         assert (row.problems, row.seed) == (300, 3)
     for _, rows in table.groupby("epsilon"):
         assert rows.fitted_constant.nunique() == 1
+
+
+def test_the_figure_of_deviations_has_a_line_for_every_epsilon():
+    table = pd.DataFrame(
+        {"activation": "relu", "construction": "2L", "selection": "smallest", "base_set_size": 15, "epsilon": epsilon,
+         "seed": 0, "position": position, "deviation": epsilon * position, "target_std": 1.0}
+        for epsilon in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003) for position in (1, 2)
+    )  # fmt: skip
+    (axes,) = deviation.figure(table).axes
+    named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    assert len(named) == 6
+    assert len({line.get_marker() for line in named}) == 6
+
+
+def test_the_figure_of_deviations_shows_geometric_means_over_seeds():
+    row = {"activation": "tanh", "construction": "L+1", "base_set_size": 15, "epsilon": 0.01}
+    table = pd.DataFrame(
+        {**row, "selection": selection, "seed": seed, "position": position,
+         "deviation": (seed + 1) * position * (10 if selection == "best" else 1), "target_std": 2.0 * position}
+        for selection in ("best", "smallest") for seed in (0, 3) for position in (2, 1)
+    )  # fmt: skip
+    (axes,) = deviation.figure(table).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    mean = (1 * 4) ** 0.5 / 2
+    for selection, times in (("smallest", 1), ("best", 10)):
+        line = lines[f"explicit L+1, {selection}, m = 15, ε = 0.01"]
+        np.testing.assert_allclose(line.get_xydata(), [[1, times * mean], [2, times * mean]])
+    assert lines["explicit L+1, smallest, m = 15, ε = 0.01"].get_linestyle() != line.get_linestyle()
+    assert (axes.get_title("left"), axes.get_yscale()) == ("tanh", "log")
+    assert axes.get_xlabel() == "activation, from the first to the last"
+    assert axes.get_ylabel() == "rms deviation of a slot / std of the target"
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [name for name in lines if name.startswith("explicit")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_every_column_of_panels_ends_with_its_axis(count):
+    figure, drawn = panels(count, "across", "up")
+    assert len(drawn) == count == len(figure.axes)
+    figure.draw_without_rendering()
+    labelled = [axes.get_xlabel() == "across" for axes in drawn]
+    assert labelled == [n + 2 >= count for n in range(count)]
+    numbered = [any(t.label1.get_visible() for t in axes.xaxis.get_major_ticks()) for axes in drawn]
+    assert numbered == labelled
+    assert [axes.get_ylabel() == "up" for axes in drawn] == [n % 2 == 0 for n in range(count)]

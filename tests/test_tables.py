@@ -5,13 +5,12 @@ import json
 import math
 from dataclasses import fields
 
-import numpy as np
 import pandas as pd
 import pytest
 from conftest import settings
 
 from ltx.feedback import IMAGES, Feedback
-from ltx.report import deviation, figures, tables, tradeoff
+from ltx.report import tables, tradeoff
 from ltx.tasks import tables as task
 
 
@@ -151,39 +150,6 @@ def test_tickets_that_there_are_none_of_are_named_as_rows_are():
         " Not constructed, and not in the means: ReLU, 2L, seed 3 (no)."
         " Not constructed, and not in the means: ReLU, 2L, feedback, m = 10, bound 0.01, seed 3 (no)."
     )
-
-
-def test_the_figure_of_deviations_has_a_line_for_every_epsilon():
-    table = pd.DataFrame(
-        {"activation": "relu", "construction": "2L", "selection": "smallest", "base_set_size": 15, "epsilon": epsilon,
-         "seed": 0, "position": position, "deviation": epsilon * position, "target_std": 1.0}
-        for epsilon in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003) for position in (1, 2)
-    )  # fmt: skip
-    (axes,) = deviation.figure(table).axes
-    named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    assert len(named) == 6
-    assert len({line.get_marker() for line in named}) == 6
-
-
-def test_the_figure_of_deviations_shows_geometric_means_over_seeds():
-    row = {"activation": "tanh", "construction": "L+1", "base_set_size": 15, "epsilon": 0.01}
-    table = pd.DataFrame(
-        {**row, "selection": selection, "seed": seed, "position": position,
-         "deviation": (seed + 1) * position * (10 if selection == "best" else 1), "target_std": 2.0 * position}
-        for selection in ("best", "smallest") for seed in (0, 3) for position in (2, 1)
-    )  # fmt: skip
-    (axes,) = deviation.figure(table).axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    mean = (1 * 4) ** 0.5 / 2
-    for selection, times in (("smallest", 1), ("best", 10)):
-        line = lines[f"explicit L+1, {selection}, m = 15, ε = 0.01"]
-        np.testing.assert_allclose(line.get_xydata(), [[1, times * mean], [2, times * mean]])
-    assert lines["explicit L+1, smallest, m = 15, ε = 0.01"].get_linestyle() != line.get_linestyle()
-    assert (axes.get_title("left"), axes.get_yscale()) == ("tanh", "log")
-    assert axes.get_xlabel() == "activation, from the first to the last"
-    assert axes.get_ylabel() == "rms deviation of a slot / std of the target"
-    (legend,) = axes.figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [name for name in lines if name.startswith("explicit")]
 
 
 def feedback_results(penalty, seeds, examples=2000, ratio=10.0, lost=0.5, **changes):
@@ -373,15 +339,3 @@ def test_which_results_are_in_a_table(entry, smallest, best, any_sums, tmp_path)
         assert found == [entry] * expected
         found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests, any_sums=True)
         assert found == [entry] * any_sums
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_every_column_of_panels_ends_with_its_axis(count):
-    figure, drawn = figures.panels(count, "across", "up")
-    assert len(drawn) == count == len(figure.axes)
-    figure.draw_without_rendering()
-    labelled = [axes.get_xlabel() == "across" for axes in drawn]
-    assert labelled == [n + 2 >= count for n in range(count)]
-    numbered = [any(t.label1.get_visible() for t in axes.xaxis.get_major_ticks()) for axes in drawn]
-    assert numbered == labelled
-    assert [axes.get_ylabel() == "up" for axes in drawn] == [n % 2 == 0 for n in range(count)]

@@ -210,7 +210,7 @@ class Approximation:
         sums.index_put_(index, term[into], accumulate=True)
         kept[index] = True
         if not self.ticket.feedback:  # with it, narrow layers have more slots
-            yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning)
+            yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning, sign)
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
         wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)
@@ -242,7 +242,7 @@ class Approximation:
             high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
 
-    def _base_sets(self, node, layer, rows, columns, parameter, meaning) -> Iterator[str]:
+    def _base_sets(self, node, layer, rows, columns, parameter, meaning, sign) -> Iterator[str]:
         """Sums have no more terms than base sets, and of a channel no more columns are read: m, or m opposites.
 
         In a pair base sets are of a channel, a position and a sign. Copies of both signs share one where the
@@ -250,19 +250,13 @@ class Approximation:
         but the construction need not know that it is not.
         """
         most = self.ticket.base_set_size * (2 if layer.opposite == "columns" else 1)
-        sign = position = torch.zeros_like(meaning)
-        if node.inputs[0] in self.copies:
-            (phi_node, copies), position = self.copies[node.inputs[0]], self._copied(node).tap
-            phi = _inside(phi_node)
-            if phi.offset == 0 and not phi.odd_slopes:
-                copied, _, values = self.ticket.kept(copies.name)
-                sign = sign.index_put((copied,), values.sign().long())
+        position = self._copied(node).tap if node.inputs[0] in self.copies else torch.zeros_like(meaning)
         size = int(parameter.max()) + 1 if len(parameter) else 1
         terms = torch.bincount((rows * size + parameter) * 2 + (sign[columns] < 0))
         for term in (terms > most).nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}, row {term // (2 * size)}: a sum has more terms than a base set of the ticket"
         read = columns.unique()
-        sets, many = torch.stack([meaning[read], sign[read], position[read]]).unique(dim=1, return_counts=True)
+        sets, many = torch.stack([meaning[read], sign[read].long(), position[read]]).unique(dim=1, return_counts=True)
         for channel, count in zip(sets[0, many > most][:1].tolist(), many[many > most][:1].tolist(), strict=True):
             yield f"layer {layer.name}: reads {count} slots of input channel {channel}, a base set has {most}"
 
@@ -302,7 +296,10 @@ class Approximation:
         return self.copied[self.copies[node.inputs[0]][1].name]
 
     def _columns(self, node) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-        """Per input channel of a layer of sums: what it stands for, what an entry is worth, its sign; the base sets."""
+        """Per input channel of a layer of sums: what it stands for, what an entry is worth, its sign; the sums.
+
+        The sign is 0 where copies of both signs share base sets; sums are one, or one for each sign of the input.
+        """
         before = node.inputs[0]
         meaning = self.labels[before]
         assert meaning is not None
@@ -319,7 +316,7 @@ class Approximation:
             return meaning, entry * total / 2, torch.zeros(len(meaning)), (0,)
         if phi.odd_slopes or self._copied(node).range[0] >= 0:
             slope = torch.where(entry > 0, phi.slope_pos, phi.slope_neg)
-            return meaning, entry * slope, torch.zeros(len(meaning)), (0,)
+            return meaning, entry * slope, 0 * entry if phi.odd_slopes else entry.sign(), (0,)
         return meaning, entry * total, entry.sign(), (1, -1)
 
     def _opposites(self, node, layer, rows, offsets) -> Iterator[str]:

@@ -110,21 +110,17 @@ class Rows:
         images, device = self.images[:EXACT], str(self.images.device)
         single, double = self.ticket.to_module(device=device), self.ticket.to_module(device=device).double()
         order = [node.name for node in self.ticket.graph if node.name in nodes]
-        squares: dict[str, list[Tensor]] = {node: [] for node in order}
-        sizes: dict[str, list[Tensor]] = {node: [] for node in order}
+        squares: dict[str, list[tuple[Tensor, Tensor]]] = {node: [] for node in order}  # of what is off, of values
         for shade in range(math.ceil(EXACT / len(images))):  # apart: matrix products of one row round otherwise
             darker = images * (1 - SHADE * shade)
             with torch.no_grad():
                 ours, exact = single.run(darker, keep=nodes), double.run(darker.double(), keep=nodes)
             for node in order:
-                squares[node].append(_pixels(ours[node].double() - exact[node]).square().mean((0, 2)))
-                sizes[node].append(exact[node].square().mean())
+                off = _pixels(ours[node].double() - exact[node]).square().mean((0, 2))
+                squares[node].append((off, exact[node].square().mean()))
         found, share = {}, 0.0
         for node in order:
-            off, size = (
-                float(torch.stack(squares[node]).mean(0).max().sqrt()),
-                float(torch.stack(sizes[node]).mean().sqrt()),
-            )
+            off, size = (float(torch.stack(part).mean(0).max().sqrt()) for part in zip(*squares[node], strict=True))
             share = max(share, off / size if size else 0.0)
             found[node] = max(off, share * size)
         return found
