@@ -197,7 +197,7 @@ class Settings:
         )
         _require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be a positive number")
         _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")
-        for name, kind in (("batch_norm", "keep"), ("scaling", "unit")):
+        for name, kind in (("batch_norm", "keep"), ("scaling", "unit"), ("law", "uniform")):
             given = getattr(self, name).value
             _require(
                 self.construction.value != "sampled" or given == kind,

@@ -34,6 +34,7 @@ SETTINGS = (
     ("construction", "L+1", "2L, L+1, sampled", "two source layers for a target layer, or one; sampled errors", TICKET),
     ("construction", "L+1", "2L, L+1", "two source layers for a target layer, or one", ("bounds",)),
     ("law", "uniform", "uniform, product, normal", "of the base sets", ("subset-sum", "bench")),
+    ("law", "uniform", "uniform, normal", "of the source's parameters", TICKET),
     ("m", "15", "1 to 32", "base set size (bounds: any)", (*BUILD, "subset-sum", "figures")),
     ("epsilon", "0.01", "positive", "allowed error of one parameter", (*BUILD, *SUMS)),
     (

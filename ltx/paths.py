@@ -72,6 +72,7 @@ def kind_of(settings: Settings) -> str:
     """What of the target is approximated, and by what source, besides head and scaling: what is not as usual."""
     s = settings
     kind = "-fold" if s.batch_norm.value == "fold" else ""
+    kind += "" if s.law.value == "uniform" else f"-{s.law.value}"
     kind += f"-pair{s.pair.kernel}" if s.pair.kernel > 1 else ""
     return kind + ("-strided" if s.pair.stride.value == "first" else "")
 

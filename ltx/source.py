@@ -4,15 +4,19 @@ Parameter (layer l, output channel o, input channel i, tap k) of the source is
 
     block, word = divmod(i * K + k, 4)                     # K taps in the layer's kernel
     r = philox4x32_10(counter=(block, block >> 32, o, l), key=seed)[word]
-    w = sigma_l * (2 * (r >> 8) * 2**-24 - 1)              # uniform on [-sigma_l, sigma_l), Assumption 2.1
+    u = (r >> 8) * 2**-24
+    w = sigma_l * (2 * u - 1)                              # law uniform on [-sigma_l, sigma_l), Assumption 2.1
+    w = sigma_l * float32(Phi^-1(u + 2**-25))              # law normal, of standard deviation sigma_l
 
-and the bias of channel o the same with l | 0x80000000 and i = k = 0. The generator is Random123's; CPU and GPU
-give the same bits. A value depends on its indices alone: widening a layer changes nothing that was there before.
+and the bias of channel o the same with l | 0x80000000 and i = k = 0. The generator is Random123's, Phi the standard
+normal distribution; CPU and GPU give the same bits. A value depends on its indices alone: widening a layer changes
+nothing that was there before.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numba
 import numpy as np
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from ltx.compiled import compiled
 
+LAWS = {"uniform": 1.0, "normal": 5.42}  # law -> beyond which magnitude no parameter of sigma 1 lies
 BIAS_LAYER = 0x80000000
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -36,7 +41,7 @@ class SourceLayer:
     kind: str  # "conv" or "linear"
     shape: tuple[int, ...]  # (C_out, C_in, kernel...)
     taps: int  # K: entries that read one input channel; for a linear layer behind a flatten, its H * W
-    sigma: float = 1.0  # parameters lie in [-sigma, sigma); a float32
+    sigma: float = 1.0  # parameters lie in [-sigma, sigma), normal ones have it as standard deviation; a float32
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
@@ -44,6 +49,7 @@ class SourceLayer:
     bias: bool = False  # only the first layer of a source has biases
     role: str = "direct"  # "copies" | "pair": first and second layer of a two-for-one pair; "direct": L+1
     target: str = ""  # the target layer that it approximates
+    law: str = "uniform"  # one of LAWS, the same in all layers of a source
 
     @property
     def row_size(self) -> int:
@@ -57,6 +63,11 @@ class SourceLayer:
     def parameters(self) -> int:
         """All random parameters of the layer."""
         return self.shape[0] * (self.row_size + self.bias)
+
+    @property
+    def largest(self) -> float:
+        """A magnitude that no parameter exceeds."""
+        return LAWS[self.law] * self.sigma
 
 
 def weights(layer: SourceLayer, seed: int, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -75,7 +86,7 @@ def weights(layer: SourceLayer, seed: int, rows: Tensor, offsets: Tensor) -> Ten
         sign, offsets = 1 - 2 * (channel & 1), offsets - (channel & 1) * layer.taps
     else:
         sign = None
-    values = uniform(seed, layer.index, rows, offsets) * layer.sigma
+    values = _drawn(layer, seed, layer.index, rows, offsets)
     return values if sign is None else values * sign.to(values.dtype)
 
 
@@ -84,8 +95,12 @@ def biases(layer: SourceLayer, seed: int, rows: Tensor) -> Tensor:
     sign = 1
     if layer.opposite == "rows":
         sign, rows = (1 - 2 * (rows & 1)).float(), rows & ~1
-    values = uniform(seed, layer.index | BIAS_LAYER, rows, torch.zeros_like(rows))
-    return values * layer.sigma * sign
+    return _drawn(layer, seed, layer.index | BIAS_LAYER, rows, torch.zeros_like(rows)) * sign
+
+
+def _drawn(layer: SourceLayer, seed: int, index: int, rows: Tensor, offsets: Tensor) -> Tensor:
+    values = uniform(seed, index, rows, offsets)
+    return (normal(values) if layer.law == "normal" else values) * layer.sigma
 
 
 def uniform(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -94,6 +109,24 @@ def uniform(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:
         flat = _uniform_cpu(np.uint64(seed), np.uint64(layer), rows.flatten().numpy(), offsets.flatten().numpy())
         return torch.from_numpy(flat).view(offsets.shape)
     return _uniform_by_tensors(seed, layer, rows, offsets)
+
+
+def normal(values: Tensor) -> Tensor:
+    """Standard normal numbers, float32, of what `uniform` has drawn: quantiles of the middles of its 2^24 steps."""
+    return _quantiles(str(values.device))[((values + 1) * 2.0**23).long()]
+
+
+@cache
+def _quantiles(device: str) -> Tensor:
+    """Of the standard normal distribution at u + 2^-25 for u = 0, 2^-24, ..., (2^24,) float32, 64 MiB.
+
+    They come from one table, of a CPU's float64, and so are the same everywhere: none of them is within 23 units in the
+    last place of float64 of where float32 rounds the other way, and ndtri is off by one such unit at most.
+    """
+    if device != "cpu":
+        return _quantiles("cpu").to(device)
+    low = torch.special.ndtri((torch.arange(2**23, dtype=torch.float64, device=device) + 0.5) * 2.0**-24).float()
+    return torch.cat([low, -low.flip(0)])
 
 
 def _uniform_by_tensors(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:

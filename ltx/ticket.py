@@ -58,7 +58,7 @@ class Ticket:
     """
 
     seed: int
-    law: str
+    law: str  # of all its layers, one of `ltx.source.LAWS`
     construction: str
     base_set_size: int
     epsilon: float
@@ -180,7 +180,7 @@ class Ticket:
         metadata = {name: str(getattr(self, name)) for name in _SCALARS}
         metadata |= {"feedback": self.feedback} if self.feedback else {}
         metadata["format"] = FORMAT
-        metadata["layers"] = json.dumps([asdict(layer) for layer in self.layers])
+        metadata["layers"] = json.dumps([_entry(layer) for layer in self.layers])
         metadata["graph"] = json.dumps(
             [{"name": n.name, "op": n.op, "inputs": n.inputs, **n.attributes} for n in self.graph]
         )
@@ -220,7 +220,9 @@ class Ticket:
     def _parse(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Ticket:
         types = {f.name: f.type for f in fields(cls)}
         scalars = {n: {"int": int, "float": float, "str": str}[str(types[n])](metadata[n]) for n in _SCALARS}
-        layers = tuple(_layer(entry) for entry in json.loads(metadata["layers"]))
+        if scalars["law"] not in source.LAWS:
+            raise ValueError(f"law {scalars['law']!r}")
+        layers = tuple(_layer(entry, scalars["law"]) for entry in json.loads(metadata["layers"]))
         graph = tuple(_node(entry) for entry in json.loads(metadata["graph"]))
 
         def part(suffix: str) -> dict[str, Tensor]:
@@ -248,9 +250,14 @@ _KINDS = {"int": int, "tuple[int, ...]": int, "float": (int, float), "str": str,
 _ATTRIBUTES = {"rows": list, "layer": str, "function": str, "target": str, "taps": int}
 
 
-def _layer(entry: dict) -> SourceLayer:
+def _entry(layer: SourceLayer) -> dict:
+    """A layer for JSON, without its law, which the ticket's metadata say once."""
+    return {name: value for name, value in asdict(layer).items() if name != "law"}
+
+
+def _layer(entry: dict, law: str) -> SourceLayer:
     """A layer from its JSON; TypeError where a value is of another type than its field."""
-    layer = SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})  # type: ignore[arg-type]
+    layer = SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}, law=law)  # type: ignore[arg-type]
     for f in fields(layer):
         value, kind = getattr(layer, f.name), _KINDS[str(f.type)]
         several = value if str(f.type).startswith("tuple") else (value,)

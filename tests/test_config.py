@@ -63,6 +63,7 @@ def test_the_ends_of_a_range(name, served, refused):
     [
         (["construction=sampled", "batch_norm=fold"], "batch_norm=fold has no meaning with construction=sampled"),
         (["construction=sampled", "scaling=layer_max"], "scaling=layer_max has no meaning with construction=sampled"),
+        (["construction=sampled", "law=normal"], "law=normal has no meaning with construction=sampled"),
         (["construction=sampled", "selection=feedback"], "selection=feedback has no meaning with construction=sampled"),
         (["construction=sampled", "pair.kernel=3"], r"pair\.\* has no meaning with construction=sampled"),
         (["construction=sampled", "pair.stride=first"], r"pair\.\* has no meaning with construction=sampled"),

@@ -10,7 +10,7 @@ from conftest import deviation, images, randomise, small_cnn
 from torch import nn
 
 import ltx
-from ltx import LtxError, construct, verify
+from ltx import LtxError, construct, source, verify
 from ltx.activations import ACTIVATIONS
 from ltx.constructions import Statistics
 from ltx.constructions.two_for_one import linear_scale, pair_law
@@ -124,19 +124,20 @@ def replace_head(ticket):
 
 
 @everywhere
-def test_linear_scale_keeps_its_promise(activation):
+@pytest.mark.parametrize("largest", source.LAWS.values(), ids=source.LAWS)
+def test_linear_scale_keeps_its_promise(activation, largest):
     """m terms v phi(lambda x) of largest magnitude deviate from linear by at most epsilon * bound."""
     phi = ACTIVATIONS[activation]
     m, epsilon, bound = 15, 0.01, 2.8
     law = pair_law(phi, nonnegative=False)
-    sigma = linear_scale(phi, law, bound, m=m, epsilon=epsilon, scale=1.0)
+    sigma = linear_scale(phi, law, bound, m=m, epsilon=epsilon, scale=1.0, largest=largest)
     if phi.exact:
         assert sigma == 1.0
         return
-    z = sigma * torch.linspace(-bound, bound, 10_001, dtype=torch.float64)
+    z = largest * sigma * torch.linspace(-bound, bound, 10_001, dtype=torch.float64)
     linear = torch.where(z > 0, phi.slope_pos * z, phi.slope_neg * z) + phi.offset
     terms = m * (2 if law.opposite else len(law.signs))
-    assert terms / (sigma * law.gain) * (phi.fn(z) - linear).abs().max() <= epsilon * bound * (1 + 1e-3)
+    assert terms * largest / (sigma * law.gain) * (phi.fn(z) - linear).abs().max() <= epsilon * bound * (1 + 1e-3)
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])

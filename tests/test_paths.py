@@ -8,7 +8,7 @@ from ltx import paths
 EITHER = ["m=12", "epsilon=0.02", "seed=1", "head=construct", "target.input_range=[0,1]", "target.input_range=[0,2]"]
 BUILT = [
     *EITHER, "construction=2L", "scaling=layer_max", "batch_norm=fold", "pair.kernel=3", "pair.stride=first",
-    "activation=tanh", "target=digits", "target.module=a.b:small", "target.module=a.b:small data=digits",
+    "law=normal", "activation=tanh", "target=digits", "target.module=a.b:small", "target.module=a.b:small data=digits",
 ]  # fmt: skip
 SAMPLED = ["construction=sampled", *(f"construction=sampled {given}" for given in (*EITHER, "selection=best"))]
 FEEDBACK = [

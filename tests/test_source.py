@@ -1,5 +1,6 @@
 """The source is a function of seed and indices: Random123's known answers, one value per index on every device."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -52,8 +53,11 @@ def test_compiled_and_tensor_paths_give_the_same_bits(seed):
 @pytest.mark.gpu
 def test_gpu_gives_the_same_bits():
     rows, offsets = torch.arange(4096), torch.arange(4096) * 7919
-    on_gpu = source.uniform(3, 2, rows.cuda(), offsets.cuda()).cpu()
-    assert torch.equal(on_gpu, source.uniform(3, 2, rows, offsets))
+    for law in source.LAWS:
+        layer = SourceLayer("a", 2, "linear", (4096, 4096 * 7919), 1, law=law, sigma=0.3, bias=True)
+        on_gpu = source.weights(layer, 3, rows.cuda(), offsets.cuda()).cpu()
+        assert torch.equal(on_gpu, source.weights(layer, 3, rows, offsets))
+        assert torch.equal(source.biases(layer, 3, rows.cuda()).cpu(), source.biases(layer, 3, rows))
 
 
 def test_uniform_on_minus_one_to_one():
@@ -62,6 +66,41 @@ def test_uniform_on_minus_one_to_one():
     assert values.max() < 1
     assert abs(values.mean()) < 4 * (1 / 3 / 200_000) ** 0.5
     assert abs(values.var() - 1 / 3) < 0.005
+
+
+def test_normal_numbers_are_the_same_with_every_library():
+    """All 2^24 of them, and none is so near to where float32 rounds the other way that another ndtri could."""
+    values = source.normal((torch.arange(2**24) - 2**23).float() * 2.0**-23)
+    digest = hashlib.sha256(values.numpy().astype("<f4").tobytes()).hexdigest()
+    assert digest == "61d7c94ad4127b04b41174d22dec15ebdd82705e0c920b013bbc8f579b4e8cca"
+    assert torch.equal(values, -values.flip(0))
+    assert (values[1:] >= values[:-1]).all()
+    assert 5.41 < values.max() <= source.LAWS["normal"]
+    low = values[: 2**23]
+    exact = torch.special.ndtri((torch.arange(2**23, dtype=torch.float64) + 0.5) * 2.0**-24)
+    for side in (-torch.inf, torch.inf):
+        tie = (low.double() + torch.nextafter(low, torch.tensor(side)).double()) / 2
+        assert ((exact - tie).abs() / exact.abs()).min() > 20 * 2.0**-52
+
+
+@pytest.mark.parametrize("law", source.LAWS)
+def test_a_law_maps_the_same_numbers(law):
+    layer = SourceLayer("a", 3, "conv", (500, 40, 3, 3), 9, bias=True, sigma=0.7, opposite="rows", law=law)
+    rows, offsets = torch.arange(500).repeat_interleave(360), torch.arange(360).repeat(500)
+    plain = replace(layer, law="uniform", sigma=1.0)
+    for found, uniform in (
+        (source.weights(layer, 5, rows, offsets), source.weights(plain, 5, rows, offsets)),
+        (source.biases(layer, 5, rows[::360]), source.biases(plain, 5, rows[::360])),
+    ):
+        u = (uniform.double() + 1) / 2 + 2.0**-25 * torch.tensor([1.0, -1.0]).repeat(250).repeat_interleave(
+            len(uniform) // 500  # opposite rows: also their middles
+        )
+        expected = uniform.double() if law == "uniform" else torch.special.ndtri(u)
+        torch.testing.assert_close(found.double(), 0.7 * expected, rtol=1e-6, atol=1e-9)
+        assert found.abs().max() <= layer.largest
+    weight = source.weights(layer, 5, rows, offsets).double()[:180_000:2]
+    assert abs(weight.mean()) < 0.02
+    assert abs(weight.std() / 0.7 - {"uniform": 3**-0.5, "normal": 1}[law]) < 0.01
 
 
 def test_seeds_layers_rows_and_biases_differ():

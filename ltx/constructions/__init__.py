@@ -22,6 +22,7 @@ from ltx.errors import ConstructionError
 from ltx.feedback import Feedback
 from ltx.graph import Graph, Node, fold_batch_norm, trace
 from ltx.operations import POOLINGS
+from ltx.source import LAWS
 from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
@@ -48,6 +49,7 @@ def construct(
     base_set_size: int = 15,
     epsilon: float = 0.01,
     seed: int = 0,
+    law: str = "uniform",
     selection: str = "smallest",
     head: str = "keep",
     scaling: str = "unit",
@@ -70,6 +72,8 @@ def construct(
         base_set_size: m, the number of random parameters to choose from for each target parameter.
         epsilon: allowed error of one parameter; parameters of at most epsilon in magnitude are dropped.
         seed: of the source network, 0 <= seed < 2**64.
+        law: of its parameters: `uniform` (the paper's), or `normal`, of standard deviation 1 where `uniform` reaches
+            from -1 to 1 (or from -s to s).
         selection: `smallest` or `best`, see `ltx.subset_sum.solve`, or `feedback`: what a row computes on the
             calibration images decides. Its parameters need not be within epsilon of the target's.
         head: `keep` takes the classifier from the target, uncounted (the paper's, for MNIST); `construct`
@@ -95,6 +99,7 @@ def construct(
     if construction not in CONSTRUCTIONS:
         raise ConstructionError(f"construction '{construction}' is not known; there are {', '.join(CONSTRUCTIONS)}")
     for name, value, known in (
+        ("law", law, tuple(LAWS)),
         ("head", head, ("keep", "construct")),
         ("scaling", scaling, ("unit", "layer_max")),
         ("batch_norm", batch_norm, ("keep", "fold")),
@@ -135,7 +140,7 @@ def construct(
                 f"feedback.bound {within:g} is below epsilon {epsilon:g}, up to which parameters are left out: lower "
                 "epsilon, too, or raise the bound"
             )
-    plan = Plan(base_set_size, epsilon, seed, selection, scaling, device, pair_kernel, pair_stride, within)
+    plan = Plan(base_set_size, epsilon, seed, law, selection, scaling, device, pair_kernel, pair_stride, within)
     builder = TicketBuilder(plan, compared)
     _Walk(walked, builder, construction, head).run(input_range, on_layer)
     on_statistics(Statistics(builder.problems, builder.failures, builder.rows, builder.given_up))

@@ -34,6 +34,7 @@ class Plan:
     base_set_size: int  # m
     epsilon: float
     seed: int
+    law: str = "uniform"
     selection: str = "smallest"
     scaling: str = "unit"
     device: str = "cpu"
@@ -269,7 +270,7 @@ class TicketBuilder:
 
         read_channels(self.nodes, given, prune)
         return Ticket(
-            seed=self.plan.seed, law="uniform", base_set_size=self.plan.base_set_size,
+            seed=self.plan.seed, law=self.plan.law, base_set_size=self.plan.base_set_size,
             epsilon=self.plan.epsilon, selection=self.plan.selection, layers=tuple(layers), graph=tuple(self.nodes),
             masks=masks, bias_masks=self.bias_masks, slots=slots, given=given, errors=errors,
             feedback=json.dumps(self.calibration.describe()) if self.calibration else "", **metadata,
@@ -325,7 +326,8 @@ def source_layer(builder: TicketBuilder, name: str, target: Layer, taps: int, **
     """A source layer for `target` with its kernel, stride and padding, the next one of the source."""
     return SourceLayer(
         name, builder.depth, target.kind, (0, 0, *target.weight.shape[2:]), taps,
-        stride=target.stride, padding=target.padding, dilation=target.dilation, target=name, **attributes,
+        stride=target.stride, padding=target.padding, dilation=target.dilation, target=name, law=builder.plan.law,
+        **attributes,
     )  # fmt: skip
 
 

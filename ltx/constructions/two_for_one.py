@@ -8,7 +8,8 @@ either side of 0, the next layer needs
 with a gain that depends on which rows serve: those of either sign as a base set of their own (gain 1 / r = m_+ +
 m_-), one set alone where phi is odd or the input nonnegative (m_+), or opposite pairs of rows where phi(0) != 0
 (m_+ + m_-, and the offset cancels). The second layer's parameters are scaled by 1 / (sigma * gain), so that every
-base set consists of products of two uniform numbers on [-1, 1], as Corollary C.1 assumes. The first layer may have a
+base set consists of products of two uniform numbers on [-1, 1], as Corollary C.1 assumes (law normal: of products of
+two standard normal ones). The first layer may have a
 larger kernel, of which a row keeps one tap, and the target's stride (`strides`).
 """
 
@@ -84,18 +85,25 @@ def pair_activation(graph: Graph, name: str) -> Activation:
     return before[-1] if before else ACTIVATIONS["identity"]
 
 
-def linear_scale(phi: Activation, law: PairLaw, bound: float, *, m: int, epsilon: float, scale: float) -> float:
-    """sigma of the 1x1 layer: with inputs of at most `bound`, phi is linear enough on [-sigma bound, sigma bound].
+def linear_scale(
+    phi: Activation, law: PairLaw, bound: float, *, m: int, epsilon: float, scale: float, largest: float = 1.0
+) -> float:
+    """sigma of the 1x1 layer: with inputs of at most `bound`, phi is linear enough where its inputs can lie.
 
-    A parameter is a sum of at most m (with two base sets or opposite rows, 2 m) terms v phi(lambda x), |v| <=
-    scale / (sigma gain). With a = sigma * bound and |phi - phi_hat| <= share * a on [-a, a], share = epsilon *
-    gain / (terms * scale), the parameter's contribution is off by at most epsilon * bound, whatever the subset:
-    linearisation at most doubles the error that epsilon allows. In practice it adds far less.
+    A parameter is a sum of at most m (with two base sets or opposite rows, 2 m) terms v phi(lambda x), where |lambda|
+    <= largest * sigma and |v| <= largest * scale / (sigma gain). With a = largest * sigma * bound and |phi - phi_hat|
+    <= share * a on [-a, a], share = epsilon * gain / (terms * scale * largest^2), the parameter's contribution is off
+    by at most epsilon * bound, whatever the subset: linearisation at most doubles the error that epsilon allows. In
+    practice it adds far less.
+
+    Args:
+        largest: beyond which magnitude no parameter of sigma 1 lies.
     """
     if phi.exact:
         return 1.0
     terms = m * (2 if law.opposite else len(law.signs))
-    return float(np.float32(phi.linear_radius(epsilon * law.gain / (terms * scale)) / bound))
+    share = epsilon * law.gain / (terms * scale * largest**2)
+    return float(np.float32(phi.linear_radius(share) / (largest * bound)))
 
 
 def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[str, float]:
@@ -114,14 +122,16 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
             f"layer {name}: its inputs have no known bound, which {phi.name} needs to be nearly linear on them"
             + ("; give every parameter one (feedback.bound)" if math.isinf(plan.within) else "")
         )
-    sigma = linear_scale(phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale)
+    sigma = linear_scale(
+        phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale, largest=source.LAWS[plan.law]
+    )
     if not sigma >= SMALLEST_SIGMA:
         raise ConstructionError(
             f"layer {name}: its inputs may be as large as {place.bound:.3g}, on which {phi.name} cannot be made linear "
             "in float32"
         )
     # opposite rows leave phi(lambda x) - phi(-lambda x), of two numbers that float32 rounds as phi(0)
-    rounding = 2.0**-23 * abs(phi.offset) * scale / (sigma * law.gain)
+    rounding = 2.0**-23 * abs(phi.offset) * source.LAWS[plan.law] * scale / (sigma * law.gain)
     if rounding > max(plan.epsilon, ROUNDING):
         raise ConstructionError(
             f"layer {name}: its inputs may be as large as {place.bound:.3g}, for which opposite rows of {phi.name} are "
@@ -204,6 +214,7 @@ def _copy_layer(
     layer = SourceLayer(
         f"{name}.copies", builder.depth, "conv" if image else "linear", (0, 0), 1,
         sigma=sigma, opposite="rows" if law.opposite else "none", bias=first, role="copies", target=name,
+        law=builder.plan.law,
     )  # fmt: skip
     layer = geometry.first_layer(layer)
 

@@ -252,9 +252,11 @@ def left_out(results: pd.DataFrame) -> str:
 def _built(results: pd.DataFrame) -> str:
     """What of the source is not as usual, for a note; scaling of those with feedback stands in their rows."""
     plain = results[results.selection != "feedback"]
-    first, parts = (plain if len(plain) else results).iloc[0], []
+    first, parts = (plain if len(plain) else results).iloc[0].dropna(), []
     if len(plain) and first.get("scaling", "unit") != "unit":
         parts.append(f"scaling: {first.scaling}")
+    if first.get("law", "uniform") != "uniform":
+        parts.append(f"law: {first.law}")
     if first.get("pair_kernel", 1) != 1 or first.get("pair_stride", "second") != "second":
         parts.append(f"pairs: kernel {first.pair_kernel}, stride in the {first.pair_stride} layer")
     return "".join(f", {part}" for part in parts)

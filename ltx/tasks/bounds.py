@@ -26,6 +26,8 @@ def run(settings: Settings) -> Path:
     construction, m, epsilon, b = settings.construction.value, settings.m, settings.epsilon, settings.bounds
     if construction == "sampled":
         raise LtxError("construction=sampled has no source; use L+1 or 2L")
+    if settings.law.value != "uniform":
+        raise LtxError(f"law={settings.law.value}: the bounds are those of a uniform source; leave it out")
     target = targets_at.load(settings)
     folded = settings.batch_norm.value == "fold"
     graph, box = fold_batch_norm(target.graph) if folded else target.graph, target.input_range

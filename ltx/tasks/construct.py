@@ -55,7 +55,7 @@ def run(settings: Settings) -> Path:
         with tqdm(total=len(target.graph.layers), desc="construct", unit="layer", disable=None, leave=False) as bar:
             ticket = construct(
             target.graph, construction=settings.construction.value, base_set_size=settings.m,
-            epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
+            epsilon=settings.epsilon, seed=settings.seed, law=settings.law.value, selection=settings.selection.value,
             head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
             pair_kernel=settings.pair.kernel, pair_stride=settings.pair.stride.value,
             input_range=target.input_range, device=device, on_statistics=statistics.append,
@@ -67,9 +67,9 @@ def run(settings: Settings) -> Path:
             "data": target.data, "input_range": list(target.input_range), "activation": target.activation,
             "construction": settings.construction.value,
             "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
-            "seed": settings.seed, "head": settings.head.value, "scaling": settings.scaling.value,
-            "batch_norm": settings.batch_norm.value, "pair_kernel": settings.pair.kernel,
-            "pair_stride": settings.pair.stride.value,
+            "seed": settings.seed, "law": settings.law.value, "head": settings.head.value,
+            "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
+            "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
             **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
         }  # fmt: skip
         write_json(
@@ -147,7 +147,7 @@ def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
         wanted = {
             "target_sha256": target.digest, "input_low": target.input_range[0], "input_high": target.input_range[1],
             "construction": settings.construction.value, "base_set_size": settings.m, "epsilon": settings.epsilon,
-            "selection": settings.selection.value, "seed": settings.seed,
+            "selection": settings.selection.value, "seed": settings.seed, "law": settings.law.value,
         }  # fmt: skip
         same = all(getattr(ticket, name) == value for name, value in wanted.items())
         if same and ticket.feedback:

@@ -32,7 +32,7 @@ from ltx.verification import Verification, verify
 log = logging.getLogger(__name__)
 _ABOUT = (
     "kind", "network", "data", "input_range", "activation", "construction", "base_set_size", "epsilon", "selection",
-    "seed", "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256", "ticket_sha256",
+    "seed", "law", "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256", "ticket_sha256",
 )  # fmt: skip
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
 DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
@@ -111,7 +111,7 @@ def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str
     about = {
         "kind": "explicit", "input_range": [ticket.input_low, ticket.input_high], "construction": ticket.construction,
         "base_set_size": ticket.base_set_size,
-        "epsilon": ticket.epsilon, "selection": ticket.selection, "seed": ticket.seed,
+        "epsilon": ticket.epsilon, "selection": ticket.selection, "seed": ticket.seed, "law": ticket.law,
         "head": "keep" if "given" in operations else "construct", "scaling": how.get("scaling"),
         "batch_norm": "fold" if folded else "keep",
         "pair_kernel": how.get("pair_kernel", 1), "pair_stride": how.get("pair_stride", "second"),
@@ -150,7 +150,7 @@ def _sampled(path: Path, target: targets_at.Target) -> _Candidate:
         "base_set_size": int(said["base_set_size"]),
         "epsilon": float(said["epsilon"]), "selection": said["selection"], "seed": int(said["seed"]),
         "head": said.get("head", "construct"),
-        "scaling": "unit", "batch_norm": "keep", "pair_kernel": 1, "pair_stride": "second",
+        "law": "uniform", "scaling": "unit", "batch_norm": "keep", "pair_kernel": 1, "pair_stride": "second",
         "target_parameters": int(said["target_parameters"]), "ticket_parameters": int(said["parameters"]),
         "source_parameters": None, "max_parameter_error": None, "construction_seconds": None, "problems": None,
     }  # fmt: skip

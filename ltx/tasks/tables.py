@@ -122,9 +122,9 @@ def _entries(
     sums = {} if any_sums else {"base_set_size": settings.m, "selection": settings.selection.value}
     built = {
         "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
-        "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
+        "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value, "law": settings.law.value,
     }  # fmt: skip
-    usual = {"pair_kernel": 1, "pair_stride": "second"}  # of results that do not say
+    usual = {"pair_kernel": 1, "pair_stride": "second", "law": "uniform"}  # of results that do not say
     found = []
     for path in sorted(files):
         entry = _read(path, ("seed", "base_set_size", "epsilon", *numbers))

@@ -32,8 +32,9 @@ def run(settings: Settings) -> None:
         more = f"; and {len(violations) - SHOWN} more" if len(violations) > SHOWN else ""
         raise LtxError(f"ticket {path} is not valid: {'; '.join(violations[:SHOWN])}{more}")
     log.info(
-        "%s: %d parameters, a subnetwork of the source with seed %d (%d parameters)",
-        path, ticket.parameters, ticket.seed, ticket.source_parameters,
+        "%s: %d parameters, a subnetwork of the %ssource with seed %d (%d parameters)",
+        path, ticket.parameters, "" if ticket.law == "uniform" else f"{ticket.law} ", ticket.seed,
+        ticket.source_parameters,
     )  # fmt: skip
     if target is None:
         log.info(

@@ -348,7 +348,7 @@ class Approximation:
         if not math.isfinite(bound):
             yield f"layer {layer.name}: its inputs have no known bound, which {phi.name} needs to be nearly linear"
             return
-        z = torch.linspace(-1, 1, 4001, dtype=torch.float64) * bound * copies.sigma
+        z = torch.linspace(-1, 1, 4001, dtype=torch.float64) * bound * copies.largest
         linear = torch.where(z > 0, phi.slope_pos * z, phi.slope_neg * z) + phi.offset
         off = float((phi.fn(z) - linear).abs().max())
         constant = parameter < 0
