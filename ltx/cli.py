@@ -134,7 +134,8 @@ def _usage() -> str:
 def _unused(command: str, overrides: list[str]) -> str | None:
     """The first setting given that the command does not look at."""
     for key in (o.lstrip("+~").split("=")[0] for o in overrides if _OVERRIDE.match(o)):
-        if any(name == key and command not in who for name, *_, who in SETTINGS):
+        who = [commands for name, *_, commands in SETTINGS if name == key]
+        if who and not any(command in commands for commands in who):
             return key
     return None
 

@@ -1,7 +1,9 @@
 """How much a subset sum amplifies independent deviations of its slots, g = sqrt(E sum w^2 / E W^2), if solved.
 
-python scripts/amplification.py
+python scripts/amplification.py [uniform | product | normal]
 """
+
+import sys
 
 import torch
 
@@ -11,10 +13,10 @@ from ltx.subset_sum.statistics import draw
 PROBLEMS, SEED = 200_000, 0
 
 
-def main() -> None:
+def main(law: str = "uniform") -> None:
     print("epsilon  m   mean size  g")
     for epsilon, m in ((1e-2, 15), (1e-2, 24), (1e-3, 24), (1e-4, 29), (1e-5, 32)):
-        values, theta = draw("uniform", m, 0, PROBLEMS, seed=SEED, device="cpu")
+        values, theta = draw(law, m, 0, PROBLEMS, seed=SEED, device="cpu")
         found = subset_sum.solve(values, theta, epsilon)
         kept = (torch.as_tensor(found.mask).long()[:, None] >> torch.arange(m)) & 1
         solved = torch.as_tensor(found.error) <= epsilon
@@ -24,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

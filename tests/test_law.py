@@ -164,4 +164,7 @@ def test_the_commands(ltx, tmp_path):
     for name, says in (("table1-digits", False), ("table1-digits-normal", True)):
         assert ("law: normal" in (tables / f"{name}.md").read_text()) == says
     assert "there already" in ltx("construct", *given)[2]
+    assert ltx("construct", *given, "m=1")[0] == 1
+    (failure,) = (tmp_path / "tickets").glob("*/*/failure.json")
+    assert json.loads(failure.read_text())["law"] == "normal"
     assert "no meaning" in one_line(ltx("construct", "target=resnet22", "law=normal", "construction=sampled")[2])
