@@ -171,7 +171,14 @@ class Ticket:
         return TicketNetwork(self, dense=dense).to(device)
 
     def save(self, path: Path) -> None:
-        """Write the ticket; the same ticket always gives the same bytes."""
+        """Write the ticket; the same ticket always gives the same bytes.
+
+        Raises:
+            LtxError: a layer has another law than the ticket, which the file says once.
+        """
+        for layer in self.layers:
+            if layer.law != self.law:
+                raise LtxError(f"layer {layer.name}: its law is {layer.law}, the ticket's {self.law}")
         tensors = {f"{name}.mask": mask for name, mask in self.masks.items()}
         tensors |= {f"{name}.bias_mask": mask for name, mask in self.bias_masks.items()}
         tensors |= {f"{name}.slots": slots for name, slots in self.slots.items()}
@@ -220,8 +227,6 @@ class Ticket:
     def _parse(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Ticket:
         types = {f.name: f.type for f in fields(cls)}
         scalars = {n: {"int": int, "float": float, "str": str}[str(types[n])](metadata[n]) for n in _SCALARS}
-        if scalars["law"] not in source.LAWS:
-            raise ValueError(f"law {scalars['law']!r}")
         layers = tuple(_layer(entry, scalars["law"]) for entry in json.loads(metadata["layers"]))
         graph = tuple(_node(entry) for entry in json.loads(metadata["graph"]))
 

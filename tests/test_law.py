@@ -1,19 +1,25 @@
 """Tickets of a normal source: constructed, verified, written and read like those of a uniform one."""
 
 import json
+import math
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import deviation, images, one_line, randomise, small_cnn
+from test_constructions import single_layer
 from torch import nn
 
-from ltx import Feedback, Ticket, construct, verify
+from ltx import Feedback, LtxError, Ticket, construct, verify
+from ltx.activations import ACTIVATIONS
 from ltx.certificates import certify
 from ltx.errors import CheckpointError, ConstructionError
 from ltx.export import masked_network
 from ltx.files import read_tensors, write_tensors
+from ltx.source import LAWS
 from ltx.targets.masked import MaskedConv2d
 
 two_for_one = sys.modules["ltx.constructions.two_for_one"]  # the package has a function of that name
@@ -88,16 +94,21 @@ def test_the_file_says_it_once_and_is_read_back(tmp_path):
         Ticket.load(path)
 
 
-def test_a_ticket_whose_layers_have_another_law_is_none():
+def test_a_ticket_whose_layers_have_another_law_is_none(tmp_path):
     model = small_cnn("relu")
     ticket = construct(model, law="normal")
     for wrong in (
         replace(ticket, law="uniform"),
         replace(ticket, layers=(*ticket.layers[:-1], replace(ticket.layers[-1], law="uniform"))),
-        replace(ticket, law="cauchy", layers=tuple(replace(n, law="cauchy") for n in ticket.layers)),
+        replace(ticket, law="cauchy"),
     ):
         (found,) = verify(wrong, model).violations
         assert "not known, or not that of all layers" in found
+        with pytest.raises(LtxError, match=r"its law is .*, the ticket's"):
+            wrong.save(tmp_path / "wrong.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(LtxError, match="law 'cauchy' is not known; there are uniform, normal"):
+        replace(ticket.layers[0], law="cauchy")
 
 
 def test_an_unknown_law_is_refused():
@@ -112,6 +123,23 @@ def test_a_sigma_for_uniform_numbers_is_too_large(monkeypatch):
     monkeypatch.setattr(two_for_one, "linear_scale", lambda *a, largest, **k: usual(*a, **k))
     assert verify(construct(model), model).ok
     assert "from linear on inputs" in verify(construct(model, law="normal"), model).violations[0]
+
+
+def test_float32_behind_opposite_rows_rounds_what_is_as_large(monkeypatch):
+    """The message's number is that of the largest parameter of the second layer, and its remedies are such."""
+    model = single_layer("softplus")
+    monkeypatch.setattr(two_for_one, "ROUNDING", 0.0)
+    said, scales, usual = {}, {}, two_for_one.linear_scale
+    for law, largest in LAWS.items():
+        monkeypatch.setattr(two_for_one, "linear_scale", lambda *a, **k: scales.setdefault(law, usual(*a, **k)))  # noqa: B023
+        with pytest.raises(ConstructionError) as refused:
+            construct(model, base_set_size=15, epsilon=1e-5, head="construct", law=law)
+        said[law] = str(refused.value)
+        rounded = float(re.findall(r"by up to ([^;]+);", said[law])[0])
+        gain = two_for_one.pair_law(ACTIVATIONS["softplus"], False).gain
+        assert rounded == pytest.approx(2.0**-23 * math.log(2) * largest / (scales[law] * gain), rel=0.02)
+        assert "construction=L+1" not in said[law]  # it is
+    assert ["law=uniform" in text for text in said.values()] == [False, True]
 
 
 def test_exports_and_certificates_are_of_its_values():
@@ -157,6 +185,9 @@ def test_the_commands(ltx, tmp_path):
             assert status == 0, err
             if command == "verify":
                 assert ("normal source" in err) == bool(law)
+            if command == "eval":
+                account = Path(out.splitlines()[-1]).with_name("deviation.json")
+                assert json.loads((tmp_path / account).read_text())["law"] == (law[0][4:] if law else "uniform")
             if command == "construct":
                 assert ("-normal-seed0" in out) == bool(law)
                 assert Ticket.load(tmp_path / out.splitlines()[-1]).law == (law[0][4:] if law else "uniform")

@@ -38,3 +38,12 @@ def test_links_lead_to_files():
     relative = [page.parent / link for page, link in links if not link.startswith("https:")]
     assert set(PAGES[1:]) <= {page.parent / link for page, link in links if page == PAGES[0]}
     assert [str(path) for path in relative if not path.exists()] == []
+    anchors = {page: {_anchor(title) for title in re.findall(r"^#+ (.+)$", page.read_text(), re.M)} for page in PAGES}
+    for page in PAGES:
+        for file, anchor in re.findall(r"\[[^]]*\]\(([^):#]*)#([^)]+)\)", page.read_text()):
+            assert anchor in anchors[(page.parent / file).resolve() if file else page], f"{page}: {file}#{anchor}"
+
+
+def _anchor(title: str) -> str:
+    """As on the usual hosts: lower case, spaces as hyphens, no other punctuation."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

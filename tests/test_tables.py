@@ -299,6 +299,14 @@ def test_tables_of_other_tickets_have_files_of_their_own(given, kind, sums):
     assert (task._kind(found), task._sums(found)) == (kind, sums)
 
 
+def test_a_note_does_not_say_what_older_results_do_not():
+    """Results of an earlier ltx have no law; beside newer ones pandas makes that NaN."""
+    mixed = deep_results().assign(law="uniform", kind="explicit")
+    mixed.loc[mixed.index[0], "law"] = float("nan")
+    assert "law" not in tables.deep_accuracy_table(mixed).note
+    assert "law: normal" in tables.deep_accuracy_table(mixed.assign(law="normal")).note
+
+
 ENTRY = {
     "kind": "explicit", "seed": 0, "base_set_size": 15, "epsilon": 0.01, "selection": "smallest", "head": "keep",
     "scaling": "unit", "batch_norm": "keep", "target_sha256": "a", "data": "mnist",

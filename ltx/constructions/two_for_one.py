@@ -133,10 +133,17 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
     # opposite rows leave phi(lambda x) - phi(-lambda x), of two numbers that float32 rounds as phi(0)
     rounding = 2.0**-23 * abs(phi.offset) * source.LAWS[plan.law] * scale / (sigma * law.gain)
     if rounding > max(plan.epsilon, ROUNDING):
+        remedies = ["a smaller input_range"]
+        if plan.law != "uniform":
+            remedies.append("law=uniform, whose numbers do not reach as far")
+        if place.stream is not None:
+            remedies += [
+                "batch norm in front of it",
+                "construction=L+1, which has such rows in front of the image alone",
+            ]
         raise ConstructionError(
             f"layer {name}: its inputs may be as large as {place.bound:.3g}, for which opposite rows of {phi.name} are "
-            f"scaled down so far that float32 rounds a parameter by up to {rounding:.2g}; use batch_norm, a smaller "
-            "input_range or construction=L+1, which has such rows in front of the image alone"
+            f"scaled down so far that float32 rounds a parameter by up to {rounding:.2g}; use {' or '.join(remedies)}"
         )
     if rounding > plan.epsilon:
         log.warning(

@@ -84,14 +84,14 @@ def run(settings: Settings) -> Path:
     theorem = _theorem(path, ticket, graph)
     result = {
         "ticket": str(path), "construction": ticket.construction, "selection": ticket.selection, "seed": ticket.seed,
-        "activation": ticket.activation, "input_range": [ticket.input_low, ticket.input_high],
+        "law": ticket.law, "activation": ticket.activation, "input_range": [ticket.input_low, ticket.input_high],
         "certificate": proven.largest, "over_the_data": seen.largest, "plain": plain.largest,
         "theorem": theorem, **{name: float(values.max()) for name, values in found.items()},
         "examples": len(images), "outputs": _rows(proven, seen, found), "layers": nodes, **about, **provenance.here(),
     }  # fmt: skip
-    save(
-        report.figure(nodes, f"{ticket.construction}, {ticket.activation}, seed {ticket.seed}"), written.with_suffix("")
-    )
+    of = "" if ticket.law == "uniform" else f" {ticket.law} source,"
+    title = f"{ticket.construction}, {ticket.activation},{of} seed {ticket.seed}"
+    save(report.figure(nodes, title), written.with_suffix(""))
     write_json(written, result)  # behind the figures, so that they are there where it is
     _print(result)
     return written
@@ -150,8 +150,8 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, graph
 
 
 def _theorem(path: Path, ticket: Ticket, graph: Graph) -> float | None:
-    """What the theorem's argument gives for parameters within epsilon; None where they need not be."""
-    if ticket.feedback:
+    """What the theorem's argument gives for parameters within epsilon of a uniform source; None for other tickets."""
+    if ticket.feedback or ticket.law != "uniform":
         return None
     built = path.with_name("construction.json")
     scaling = (json.loads(built.read_text()) if built.is_file() else {}).get("scaling") or "layer_max"
@@ -186,7 +186,12 @@ def _print(result: dict) -> None:
     table = pd.DataFrame(result["outputs"]).loc[:, columns].rename(columns=_TITLES)
     shown = table.astype(object).map(lambda v: "–" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else v)
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
-    theorem = "nothing, no parameter is within epsilon" if result["theorem"] is None else f"{result['theorem']:.4g}"
+    if result["theorem"] is not None:
+        theorem = f"{result['theorem']:.4g}"
+    elif result["selection"] == "feedback":
+        theorem = "nothing, no parameter is within epsilon"
+    else:
+        theorem = "nothing, the source is not uniform"
     print(
         f"No output is off by more than {result['certificate']:.4g} for any input with elements in "
         f"[{result['input_range'][0]:.4g}, {result['input_range'][1]:.4g}]\n"

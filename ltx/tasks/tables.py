@@ -40,6 +40,7 @@ def run(settings: Settings) -> Path:
             f"no results below {_tickets(settings)} for target={settings.target.name} "
             f"m={settings.m} epsilon={settings.epsilon:g} selection={settings.selection.value} "
             f"head={settings.head.value} scaling={settings.scaling.value} batch_norm={settings.batch_norm.value} "
+            f"law={settings.law.value} "
             f"protocol={settings.protocol.name} limit={settings.limit or 'null'}; make them with ltx construct and ltx "
             "eval (with a limit, say the same one here), or all of them with make paper-tables"
         )
