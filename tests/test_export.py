@@ -124,7 +124,7 @@ def test_the_command(ltx, tmp_path):
     assert (status, out.splitlines()[-1]) == (0, str(path.with_name("ticket.masks.safetensors")))
     state, metadata = read_tensors(path.with_name("ticket.masks.safetensors"))
     assert sum(int(mask.sum()) for name, mask in state.items() if name.endswith("_mask")) == ticket.parameters
-    assert metadata["format"] == "ltx-masks/1"
+    assert metadata == {"format": "ltx-masks/1", "seed": "0", "law": "uniform"}
     assert ltx("export", str(path), "format=prune")[0] == 0
     state = torch.load(path.with_name("ticket.prune.pt"), weights_only=True)
     export.masked_network(ticket).load_state_dict(state)

@@ -194,6 +194,11 @@ def test_the_commands(ltx, tmp_path):
     tables = tmp_path / "tables"
     for name, says in (("table1-digits", False), ("table1-digits-normal", True)):
         assert ("law: normal" in (tables / f"{name}.md").read_text()) == says
+    status, out, err = ltx("certify", *given, "certify.starts=0")
+    assert status == 0, err
+    assert "by the theorem's argument: nothing, the source is not uniform" in out
+    certificate = json.loads((tmp_path / out.splitlines()[-1]).read_text())
+    assert (certificate["law"], certificate["theorem"]) == ("normal", None)
     assert "there already" in ltx("construct", *given)[2]
     assert ltx("construct", *given, "m=1")[0] == 1
     (failure,) = (tmp_path / "tickets").glob("*/*/failure.json")

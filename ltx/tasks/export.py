@@ -27,7 +27,9 @@ def run(settings: Settings) -> Path:
         return written
     log.info("%d parameters of the source, and as many masks", ticket.source_parameters)
     if kind == "masks":
-        write_tensors(written, state_dict(ticket), {"format": "ltx-masks/1", "seed": str(ticket.seed)})
+        write_tensors(
+            written, state_dict(ticket), {"format": "ltx-masks/1", "seed": str(ticket.seed), "law": ticket.law}
+        )
     else:
         with replacing(written) as part:
             torch.save(masked_network(ticket).state_dict(), part)
