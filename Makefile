@@ -32,6 +32,7 @@ demo: setup  ## train, prune, construct, verify and evaluate on embedded digits,
 	$(LTX) verify --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
 	$(LTX) eval --multirun $(DEMO) activation=relu,tanh construction=L+1,2L seed=0,1,2
 	$(LTX) tables $(DEMO)
+	$(LTX) page output_dir=outputs/demo
 
 test: setup  ## the default tests: CPU, no network, a few minutes
 	$(SIDE_BY_SIDE)
@@ -56,6 +57,7 @@ lint: setup  ## ruff and pyright
 	$(BIN)/pyright
 
 paper-tables: mnist-tables resnet-tables  ## Tables 1 to 4 (LTX_DATA says where the data are); PROTOCOL=paper|quick trains what is missing
+	$(LTX) page
 
 mnist-tables: setup  ## Tables 1 and 2, on MNIST
 	$(LTX) train-target --multirun target=mnist activation=$(ACTIVATIONS) protocol=$(PROTOCOL)
@@ -76,4 +78,4 @@ resnet-tables: setup  ## Tables 3 and 4, on CIFAR-10: sampled as in the paper, e
 	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) limit=2000
 
 clean:  ## remove the virtual environments and what runs wrote, except the kept results
-	rm -rf $(VENV) .venv-lowest outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps outputs/subset_sum outputs/figures outputs/bench
+	rm -rf $(VENV) .venv-lowest outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps outputs/subset_sum outputs/figures outputs/bench outputs/index.html

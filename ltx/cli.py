@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ltx.errors import LtxError
-from ltx.help import FILE, SEE_HELP, SETTINGS, SUMS, command_help, override
+from ltx.help import FILE, PLAIN, SEE_HELP, SETTINGS, command_help, override
 
 COMMANDS = {
     "train-target": ("train_target", "train a Synflow-pruned target network"),
@@ -35,6 +35,7 @@ COMMANDS = {
     "figures": ("figures", "write the paper's Figures 3 and 4, and how failures fall with m"),
     "bench": ("bench", "measure the subset-sum engine beside other solvers"),
     "tables": ("tables", "write the paper's tables from the results that are there"),
+    "page": ("page", "write one HTML page of all tables and figures that are there"),
 }
 _FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve", "--version")
 _FLAGS_WITH_VALUE = (
@@ -98,7 +99,7 @@ def run(arguments: list[str]) -> int:
     if "--help" in overrides or "-h" in overrides:
         print(command_help(command, COMMANDS[command][1]))
         return 0
-    if command in SUMS and (unused := _unused(command, overrides)):
+    if command in PLAIN and (unused := _unused(command, overrides)):
         return _fail(f"ltx {command} has no setting '{unused}' (ltx {command} --help lists those that it has)")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         # waiting threads spin briefly, then sleep: by GNU OpenMP's default they spin for milliseconds, and

@@ -6,6 +6,7 @@ import re
 
 ALL = ("train-target", "construct", "eval", "verify", "certify", "export", "tables", "bounds")
 SUMS = ("subset-sum", "figures", "bench")
+PLAIN = (*SUMS, "page")  # those that look at no target
 TRAIN = ("train-target",)
 TICKET = ("construct", "eval", "verify", "certify", "export", "tables")
 BUILD = (*TICKET, "bounds")
@@ -100,7 +101,7 @@ SETTINGS = (
     ),
     ("device", "auto", "auto, cpu, cuda", "", (*ALL, *SUMS)),
     ("compile", "false", "true, false", "train through torch.compile; needs a C++ compiler or a GPU", TRAIN),
-    ("output_dir", "outputs", "DIR", "where artefacts go and are found", (*ALL, *SUMS)),
+    ("output_dir", "outputs", "DIR", "where artefacts go and are found", (*ALL, *PLAIN)),
     ("use_reference", "true", "true, false", "use the targets kept in outputs/reference", ALL),
     (
         "force",
@@ -146,7 +147,7 @@ def command_help(command: str, summary: str) -> str:
             "",
             summary,
             "",
-            f"settings{'' if command in SUMS else ' (with target=mnist)'}, what they may be, and what they do:",
+            f"settings{'' if command in PLAIN else ' (with target=mnist)'}, what they may be, and what they do:",
             *lines,
             "",
             *(_TRAINED if command in BUILD else ()),

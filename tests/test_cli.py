@@ -16,7 +16,7 @@ from conftest import ROOT, SMOKE, last_line, one_line, small_cnn
 
 from ltx import Ticket, cli, data
 from ltx.files import read_tensors
-from ltx.help import SETTINGS, SUMS
+from ltx.help import PLAIN, SETTINGS
 
 
 def test_help_is_quick_and_lists_the_commands():
@@ -36,9 +36,9 @@ def test_version(ltx):
 def test_command_help_lists_the_settings(command, ltx):
     status, out, _ = ltx(command, "--help")
     assert status == 0
-    of_targets = command not in SUMS
+    of_targets = command not in PLAIN
     assert ("activation=relu" in out) == of_targets
-    assert ("epsilon=0.01" in out) == (command != "train-target")
+    assert ("epsilon=0.01" in out) == (command not in ("train-target", "page"))
     assert "output_dir=outputs" in out
     assert ("pair.kernel=1" in out) == ("target.checkpoint=null" in out) == (of_targets and command != "train-target")
     assert ("sampled" in out) == (of_targets and command not in ("train-target", "bounds"))
