@@ -113,11 +113,13 @@ def test_the_kept_results(kept, ltx):
 
 
 def test_numbers_in_names_are_in_their_order(tmp_path, ltx):
-    for name in ("table10", "table9", "table2-b"):
+    for name in ("table10", "table9", "table2-b #1"):
         (tmp_path / "tables").mkdir(exist_ok=True)
         (tmp_path / "tables" / f"{name}.md").write_text(f"**{name}**\n\n| a |\n|--:|\n| 1 |\n\nnote\n")
     assert ltx("page", output_dir=tmp_path)[0] == 0
-    assert _Page((tmp_path / "index.html").read_text()).titles == ["table2-b", "table9", "table10"]
+    found = _Page((tmp_path / "index.html").read_text())
+    assert found.titles == ["table2-b #1", "table9", "table10"]
+    assert "tables/table2-b%20%231.md" in found.links
 
 
 def test_statistics_bounds_and_targets(outputs, ltx, tmp_path):
@@ -168,6 +170,7 @@ def test_what_files_say_is_text():
     text = page("<title>", "&", [Section("<s>", [entry]), Section("empty", [])])
     assert "<script>" not in text
     assert "empty" not in text
+    assert text.count("<td class=n>") == text.count("<th class=n>") == 1
     found = _Page(text)
     assert (found.titles, found.tables, found.notes) == (["<b>"], [[["<i>"], ["<script>alert(1)</script>"]]], ["1 < 2"])
     assert found.images == []
