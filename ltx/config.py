@@ -248,6 +248,14 @@ class Settings:
     def data_root(self) -> Path | None:
         return Path(self.data.root).expanduser() if self.data.root else None
 
+    @property
+    def built(self) -> dict[str, str | int]:
+        """Which source is drawn, and what of the target it approximates, as `ltx.construct` and results have it."""
+        return {
+            "law": self.law.value, "head": self.head.value, "scaling": self.scaling.value,
+            "batch_norm": self.batch_norm.value, "pair_kernel": self.pair.kernel, "pair_stride": self.pair.stride.value,
+        }  # fmt: skip
+
     def require_solvable(self) -> None:
         """LtxError where m is beyond what the solver takes; the theorems' formulas (`ltx bounds`) take any."""
         _require(

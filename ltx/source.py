@@ -15,6 +15,7 @@ nothing that was there before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,7 +27,6 @@ from torch import Tensor
 from ltx.compiled import compiled
 from ltx.errors import LtxError
 
-LAWS = {"uniform": 1.0, "normal": 5.42}  # law -> beyond which magnitude no parameter of sigma 1 lies
 BIAS_LAYER = 0x80000000
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -72,7 +72,7 @@ class SourceLayer:
     @property
     def largest(self) -> float:
         """A magnitude that no parameter exceeds."""
-        return LAWS[self.law] * self.sigma
+        return LAWS[self.law].largest * self.sigma
 
 
 def weights(layer: SourceLayer, seed: int, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -104,8 +104,7 @@ def biases(layer: SourceLayer, seed: int, rows: Tensor) -> Tensor:
 
 
 def _drawn(layer: SourceLayer, seed: int, index: int, rows: Tensor, offsets: Tensor) -> Tensor:
-    values = uniform(seed, index, rows, offsets)
-    return (normal(values) if layer.law == "normal" else values) * layer.sigma
+    return LAWS[layer.law].of_uniform(uniform(seed, index, rows, offsets)) * layer.sigma
 
 
 def uniform(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -133,6 +132,17 @@ def _quantiles(device: str) -> Tensor:
         return _quantiles("cpu").to(device)
     low = torch.special.ndtri((torch.arange(2**23, dtype=torch.float64, device=device) + 0.5) * 2.0**-24).float()
     return torch.cat([low, -low.flip(0)])
+
+
+@dataclass(frozen=True)
+class Law:
+    """A distribution of parameters with sigma 1."""
+
+    of_uniform: Callable[[Tensor], Tensor]  # numbers of `uniform` -> as many of this law
+    largest: float  # no number is larger in magnitude
+
+
+LAWS = {"uniform": Law(lambda values: values, 1.0), "normal": Law(normal, 5.42)}
 
 
 def _uniform_by_tensors(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:

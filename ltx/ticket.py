@@ -76,6 +76,13 @@ class Ticket:
     errors: Mapping[str, Tensor] = field(default_factory=dict)
     feedback: str = ""
 
+    def __post_init__(self):
+        if self.law not in source.LAWS:
+            raise LtxError(f"law '{self.law}' is not known; there are {', '.join(source.LAWS)}")
+        for layer in self.layers:
+            if layer.law != self.law:
+                raise LtxError(f"layer {layer.name}: its law is {layer.law}, the ticket's {self.law}")
+
     @property
     def within(self) -> float:
         """How far a sum may be from a target's parameter: epsilon, or with feedback its bound, infinite for none."""
@@ -171,14 +178,7 @@ class Ticket:
         return TicketNetwork(self, dense=dense).to(device)
 
     def save(self, path: Path) -> None:
-        """Write the ticket; the same ticket always gives the same bytes.
-
-        Raises:
-            LtxError: a layer has another law than the ticket, which the file says once.
-        """
-        for layer in self.layers:
-            if layer.law != self.law:
-                raise LtxError(f"layer {layer.name}: its law is {layer.law}, the ticket's {self.law}")
+        """Write the ticket; the same ticket always gives the same bytes."""
         tensors = {f"{name}.mask": mask for name, mask in self.masks.items()}
         tensors |= {f"{name}.bias_mask": mask for name, mask in self.bias_masks.items()}
         tensors |= {f"{name}.slots": slots for name, slots in self.slots.items()}

@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(ltx, comma
         (["eval", "/nowhere/t.safetensors"], "no such file"),
         (["verify", "/nowhere/t.safetensors"], "no such file"),
         (["tables", "target=digits", "m=3"], "no results below"),
-        (["construct", "law=product"], "law=product: a source is drawn with law=uniform or law=normal"),
+        (["construct", "law=product"], "law 'product' is not known; there are uniform, normal"),
         (["bounds", "law=normal"], "the bounds are those of a uniform source"),
         (["subset-sum", "law=cauchy"], "expected one of [uniform, product, normal]"),
         (["subset-sum", "problems=1"], "between 2 and 100000000"),

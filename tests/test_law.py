@@ -94,21 +94,18 @@ def test_the_file_says_it_once_and_is_read_back(tmp_path):
         Ticket.load(path)
 
 
-def test_a_ticket_whose_layers_have_another_law_is_none(tmp_path):
-    model = small_cnn("relu")
-    ticket = construct(model, law="normal")
-    for wrong in (
-        replace(ticket, law="uniform"),
-        replace(ticket, layers=(*ticket.layers[:-1], replace(ticket.layers[-1], law="uniform"))),
-        replace(ticket, law="cauchy"),
+def test_a_ticket_has_one_law():
+    ticket = construct(small_cnn("relu"), law="normal")
+    last = replace(ticket.layers[-1], law="uniform")
+    for changes, message in (
+        ({"law": "uniform"}, "layer 0.copies: its law is normal, the ticket's uniform"),
+        ({"layers": (*ticket.layers[:-1], last)}, f"layer {last.name}: its law is uniform, the ticket's normal"),
+        ({"law": "cauchy", "layers": ()}, "law 'cauchy' is not known; there are uniform, normal"),
     ):
-        (found,) = verify(wrong, model).violations
-        assert "not known, or not that of all layers" in found
-        with pytest.raises(LtxError, match=r"its law is .*, the ticket's"):
-            wrong.save(tmp_path / "wrong.safetensors")
-    assert not list(tmp_path.iterdir())
+        with pytest.raises(LtxError, match=f"^{re.escape(message)}$"):
+            replace(ticket, **changes)
     with pytest.raises(LtxError, match="law 'cauchy' is not known; there are uniform, normal"):
-        replace(ticket.layers[0], law="cauchy")
+        replace(last, law="cauchy")
 
 
 def test_an_unknown_law_is_refused():
@@ -130,14 +127,14 @@ def test_float32_behind_opposite_rows_rounds_what_is_as_large(monkeypatch):
     model = single_layer("softplus")
     monkeypatch.setattr(two_for_one, "ROUNDING", 0.0)
     said, scales, usual = {}, {}, two_for_one.linear_scale
-    for law, largest in LAWS.items():
+    for law, of in LAWS.items():
         monkeypatch.setattr(two_for_one, "linear_scale", lambda *a, **k: scales.setdefault(law, usual(*a, **k)))  # noqa: B023
         with pytest.raises(ConstructionError) as refused:
             construct(model, base_set_size=15, epsilon=1e-5, head="construct", law=law)
         said[law] = str(refused.value)
         rounded = float(re.findall(r"by up to ([^;]+);", said[law])[0])
         gain = two_for_one.pair_law(ACTIVATIONS["softplus"], False).gain
-        assert rounded == pytest.approx(2.0**-23 * math.log(2) * largest / (scales[law] * gain), rel=0.02)
+        assert rounded == pytest.approx(2.0**-23 * math.log(2) * of.largest / (scales[law] * gain), rel=0.02)
         assert "construction=L+1" not in said[law]  # it is
     assert ["law=uniform" in text for text in said.values()] == [False, True]
 

@@ -108,10 +108,8 @@ def construct(
         if value not in known:
             raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
     base_set_size, seed = whole("base_set_size", base_set_size, ConstructionError), seed_of(seed, ConstructionError)
-    pair_kernel, epsilon = (
-        whole("pair_kernel", pair_kernel, ConstructionError),
-        real("epsilon", epsilon, ConstructionError),
-    )
+    pair_kernel = whole("pair_kernel", pair_kernel, ConstructionError)
+    epsilon = real("epsilon", epsilon, ConstructionError)
     input_range, device = _range(input_range), _device(device)
     if not 1 <= base_set_size <= MAX_BASE_SET_SIZE:
         raise ConstructionError(f"base_set_size {base_set_size} must lie between 1 and {MAX_BASE_SET_SIZE}")

@@ -9,8 +9,8 @@ with a gain that depends on which rows serve: those of either sign as a base set
 m_-), one set alone where phi is odd or the input nonnegative (m_+), or opposite pairs of rows where phi(0) != 0
 (m_+ + m_-, and the offset cancels). The second layer's parameters are scaled by 1 / (sigma * gain), so that every
 base set consists of products of two uniform numbers on [-1, 1], as Corollary C.1 assumes (law normal: of products of
-two standard normal ones). The first layer may have a
-larger kernel, of which a row keeps one tap, and the target's stride (`strides`).
+two standard normal ones). The first layer may have a larger kernel, of which a row keeps one tap, and the target's
+stride (`strides`).
 """
 
 from __future__ import annotations
@@ -122,16 +122,15 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
             f"layer {name}: its inputs have no known bound, which {phi.name} needs to be nearly linear on them"
             + ("; give every parameter one (feedback.bound)" if math.isinf(plan.within) else "")
         )
-    sigma = linear_scale(
-        phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale, largest=source.LAWS[plan.law]
-    )
+    reach = source.LAWS[plan.law].largest
+    sigma = linear_scale(phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale, largest=reach)
     if not sigma >= SMALLEST_SIGMA:
         raise ConstructionError(
             f"layer {name}: its inputs may be as large as {place.bound:.3g}, on which {phi.name} cannot be made linear "
             "in float32"
         )
     # opposite rows leave phi(lambda x) - phi(-lambda x), of two numbers that float32 rounds as phi(0)
-    rounding = 2.0**-23 * abs(phi.offset) * source.LAWS[plan.law] * scale / (sigma * law.gain)
+    rounding = 2.0**-23 * abs(phi.offset) * reach * scale / (sigma * law.gain)
     if rounding > max(plan.epsilon, ROUNDING):
         remedies = ["a smaller input_range"]
         if plan.law != "uniform":

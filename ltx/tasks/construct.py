@@ -55,11 +55,9 @@ def run(settings: Settings) -> Path:
         with tqdm(total=len(target.graph.layers), desc="construct", unit="layer", disable=None, leave=False) as bar:
             ticket = construct(
             target.graph, construction=settings.construction.value, base_set_size=settings.m,
-            epsilon=settings.epsilon, seed=settings.seed, law=settings.law.value, selection=settings.selection.value,
-            head=settings.head.value, scaling=settings.scaling.value, batch_norm=settings.batch_norm.value,
-            pair_kernel=settings.pair.kernel, pair_stride=settings.pair.stride.value,
+            epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
             input_range=target.input_range, device=device, on_statistics=statistics.append,
-            on_layer=partial(_advance, bar), **feedback,
+            on_layer=partial(_advance, bar), **settings.built, **feedback,
         )  # fmt: skip
     except UnsolvedError as error:
         # tables say which tickets there are none of
@@ -67,9 +65,7 @@ def run(settings: Settings) -> Path:
             "data": target.data, "input_range": list(target.input_range), "activation": target.activation,
             "construction": settings.construction.value,
             "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
-            "seed": settings.seed, "law": settings.law.value, "head": settings.head.value,
-            "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
-            "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
+            "seed": settings.seed, **settings.built,
             **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
         }  # fmt: skip
         write_json(
@@ -85,9 +81,7 @@ def run(settings: Settings) -> Path:
         path.with_name("construction.json"),
         {
             "target": str(target.path), "target_sha256": target.digest, "device": device, "seconds": seconds,
-            **asdict(made), "head": settings.head.value,
-            "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
-            "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value,
+            **asdict(made), **settings.built,
             "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip

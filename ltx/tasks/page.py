@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -64,13 +64,17 @@ def _entry(folder: Path, path: Path, title: str, **parts) -> Entry:
     """An entry of a file, with links to it and to the same in other forms beside it."""
     beside = (path.with_suffix(end) for end in (".md", ".csv", ".tex", ".svg", ".png", ".json"))
     files = [(file.suffix[1:], quote(str(file.relative_to(folder)))) for file in beside if file.is_file()]
-    return Entry(title, str(path.relative_to(folder).with_suffix("")), files=files, **parts)
+    return Entry(title, _name(folder, path), files=files, **parts)
 
 
 def _found(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     """Files in the order of their names, numbers as such: table10 behind table9."""
     for pattern in patterns:
-        yield from sorted(folder.glob(pattern), key=lambda path: [*map(_natural, path.parts[:-1]), _natural(path.stem)])
+        yield from sorted(folder.glob(pattern), key=lambda path: _natural(_name(folder, path)))
+
+
+def _name(folder: Path, path: Path) -> str:
+    return str(path.relative_to(folder).with_suffix(""))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -107,12 +111,9 @@ def _statistics(folder: Path) -> Iterator[Entry]:
     found = _read_csv(path) if path.is_file() else None
     if found is None:
         return
-    there = [name for name in _STATISTICS if name in found]
-    rows = [
-        ["–" if pd.isna(value) else _STATISTICS[name][1].format(value) for name, value in zip(there, row, strict=True)]
-        for row in found[there].itertuples(index=False)
-    ]
-    table = Table([_STATISTICS[n][0] for n in there], rows, [n not in ("law", "selection") for n in there])
+    named = {name: title for name, (title, _) in _STATISTICS.items()}
+    shown = found.filter(list(named)).rename(columns=named)
+    table = _table(shown, dict(_STATISTICS.values()))
     note = (
         "C = m / log(1 / min(epsilon, share without a subset)); sizes are those of problems with a subset; where theta "
         "is not said, targets are random."
@@ -124,15 +125,18 @@ def _bounds(folder: Path) -> Iterator[Entry]:
     for path in _found(folder, ("bounds/*.csv",)):
         found = _read_csv(path)
         if found is not None:
-            yield _entry(folder, path, "Sources in which the theorems guarantee a ticket", table=_plain(found))
+            yield _entry(folder, path, "Sources in which the theorems guarantee a ticket", table=_table(found, {}))
 
 
-def _plain(found: pd.DataFrame) -> Table:
-    def show(value: object) -> str:
-        return "–" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)  # type: ignore[arg-type]
+def _table(found: pd.DataFrame, formats: Mapping[str, str]) -> Table:
+    """A data frame as it is shown, columns without a format in four digits."""
 
-    rows = [[show(value) for value in row] for row in found.itertuples(index=False)]
-    numeric: Sequence[bool] = [pd.api.types.is_numeric_dtype(kind) for kind in found.dtypes]
+    def show(name: str, value: object) -> str:
+        usual = "{:.4g}" if isinstance(value, float) else "{}"
+        return "–" if pd.isna(value) else formats.get(name, usual).format(value)  # type: ignore[arg-type]
+
+    rows = [[show(*cell) for cell in zip(found.columns, row, strict=True)] for row in found.itertuples(index=False)]
+    numeric = [pd.api.types.is_numeric_dtype(kind) for kind in found.dtypes]
     return Table([str(name).replace("_", " ") for name in found.columns], rows, numeric)
 
 

@@ -40,9 +40,8 @@ def run(settings: Settings) -> Path:
             f"no results below {_tickets(settings)} for target={settings.target.name} "
             f"m={settings.m} epsilon={settings.epsilon:g} selection={settings.selection.value} "
             f"head={settings.head.value} scaling={settings.scaling.value} batch_norm={settings.batch_norm.value} "
-            f"law={settings.law.value} "
-            f"protocol={settings.protocol.name} limit={settings.limit or 'null'}; make them with ltx construct and ltx "
-            "eval (with a limit, say the same one here), or all of them with make paper-tables"
+            f"law={settings.law.value} protocol={settings.protocol.name} limit={settings.limit or 'null'}; make them "
+            "with ltx construct and ltx eval (with a limit, say the same one here), or all with make paper-tables"
         )
     folder = Path(settings.output_dir) / "tables"
     kind = _kind(settings)
@@ -121,10 +120,6 @@ def _entries(
     """
     epsilon = {} if any_sums else {"epsilon": settings.epsilon}
     sums = {} if any_sums else {"base_set_size": settings.m, "selection": settings.selection.value}
-    built = {
-        "head": settings.head.value, "scaling": settings.scaling.value, "batch_norm": settings.batch_norm.value,
-        "pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value, "law": settings.law.value,
-    }  # fmt: skip
     usual = {"pair_kernel": 1, "pair_stride": "second", "law": "uniform"}  # of results that do not say
     found = []
     for path in sorted(files):
@@ -134,7 +129,7 @@ def _entries(
             continue
         if any(entry.get(key, value) != value for key, value in meant.items()):  # of an earlier ltx not all say it
             continue
-        needs = epsilon | (built if entry.get("kind") == "explicit" else {"head": built["head"]})
+        needs = epsilon | (settings.built if entry.get("kind") == "explicit" else {"head": settings.head.value})
         if entry.get("selection") != "feedback":
             needs |= sums
         elif settings.selection.value == "best" and not any_sums:

@@ -17,7 +17,6 @@ from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import outputs
 from ltx.graph import Graph, trace
 from ltx.help import override
-from ltx.source import LAWS
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -131,11 +130,8 @@ def load(settings: Settings) -> Target:
     """The target of the settings: target.checkpoint, else `find`.
 
     Raises:
-        LtxError: it is not there, which says how to train it, or has no batch norm that could be folded; the law is
-            none of a source.
+        LtxError: it is not there, which says how to train it, or has no batch norm that could be folded.
     """
-    if settings.law.value not in LAWS:
-        raise LtxError(f"law={settings.law.value}: a source is drawn with law={' or law='.join(LAWS)}")
     target = _named(settings)
     if settings.batch_norm.value == "fold" and not target.graph.normalised:
         raise LtxError(f"batch_norm=fold has no meaning: {target.network} has no batch norm; leave it out")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ltx.activations import from_attributes
 from ltx.errors import LtxError
-from ltx.source import LAWS
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
 from ltx.ticket import CONSTANT, Ticket
 
@@ -34,9 +33,6 @@ def structure(ticket: Ticket) -> Iterator[str]:
             yield f"given.{name}: must be float32, is {tensor.dtype}"
         elif not bool(tensor.isfinite().all()):
             yield f"given.{name}: has NaN or infinite entries"
-    if ticket.law not in LAWS or any(layer.law != ticket.law for layer in ticket.layers):
-        yield f"law '{ticket.law}' is not known, or not that of all layers"
-        return
     if not (math.isfinite(ticket.epsilon) and ticket.epsilon > 0):
         yield f"epsilon {ticket.epsilon} is not a positive number"
     if not (math.isfinite(ticket.input_low) and ticket.input_low < ticket.input_high < math.inf):
