@@ -17,9 +17,10 @@ from ltx.tasks import tables as task
 def results(data="mnist", n=10):
     return pd.DataFrame(
         {
-            "data": data, "network": "mnist_cnn", "activation": a, "construction": c, "seed": s, "base_set_size": 15,
-            "epsilon": 0.01, "selection": "smallest", "head": "keep", "examples": 10_000, "target_accuracy": 98.5,
-            "ticket_accuracy": 98.4 + 0.01 * s, "target_parameters": 950, "ticket_parameters": 4000 + 10 * s,
+            "data": data, "network": "mnist_cnn", "activation": a, "construction": c, "kind": "explicit", "seed": s,
+            "base_set_size": 15, "epsilon": 0.01, "selection": "smallest", "head": "keep", "examples": 10_000,
+            "target_accuracy": 98.5, "ticket_accuracy": 98.4 + 0.01 * s, "target_parameters": 950,
+            "ticket_parameters": 4000 + 10 * s,
         }
         for a in ("relu", "sigmoid") for c in ("L+1", "2L") for s in range(n)
     )  # fmt: skip
@@ -84,7 +85,8 @@ def test_a_row_is_of_the_same_images():
     row = frame[(frame.activation == "ReLU") & (frame.construction == "L+1")].iloc[0]
     assert (row.n, row.target) == (3, 98.5)
     assert row.ticket == pytest.approx(98.41)
-    assert "images" not in frame
+    assert frame.images.tolist() == [10_000] * 4
+    assert "images" not in table.shown
     assert "10000 test images" in table.note
     assert tables.left_out(mixed) == " Results on another number of images than most of their row, left out: 1."
     assert tables.left_out(results()) == ""
@@ -107,6 +109,61 @@ def test_the_papers_values_stay_with_a_kept_head():
     for table in (tables.accuracy_table, tables.parameter_table):
         assert "paper" in table(results()).csv
         assert "paper" not in table(results().assign(head="construct")).csv
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"base_set_size": 12}, {"epsilon": 0.05}, {"selection": "best"}, {"law": "normal"}, {"scaling": "layer_max"},
+     {"pair_kernel": 3}, {"pair_stride": "first"}],
+)  # fmt: skip
+def test_the_papers_values_stay_with_its_subset_sums(other):
+    """A ticket of other sums has other sizes and errors, with which no table of the paper can be compared."""
+    usual = {"law": "uniform", "scaling": "unit", "pair_kernel": 1, "pair_stride": "second"}
+    mine = results(n=3).assign(**usual)
+    for make in (tables.accuracy_table, tables.parameter_table):
+        assert "paper" in make(mine).csv
+        assert "paper" not in make(mine.assign(**other)).csv
+        partly = mine.assign(law=mine.law.where(mine.seed > 0))  # the first of an ltx that knew no law
+        assert "paper" in make(partly).csv
+    for make in (tables.deep_accuracy_table, tables.deep_parameter_table):
+        assert pd.read_csv(io.StringIO(make(deep_results(n=3)).csv)).paper_target.notna().sum() == 2
+        assert pd.read_csv(io.StringIO(make(deep_results(n=3).assign(**usual | other)).csv)).paper_target.isna().all()
+
+
+def test_the_papers_values_stand_beside_feedback_of_any_m():
+    chosen = {f"feedback_{field.name}": field.default for field in fields(Feedback)} | {"feedback_images": IMAGES}
+    chosen |= {"selection": "feedback", "base_set_size": 9, "scaling": "layer_max"}
+    mine = pd.concat([results(n=3), results(n=3).assign(**chosen)])
+    frame = pd.read_csv(io.StringIO(tables.accuracy_table(mine).csv)).set_index(["activation", "construction"])
+    assert frame.paper_target.notna().all()
+    assert frame.paper_ticket.notna().sum() == 2
+    assert "paper" not in tables.accuracy_table(mine.assign(epsilon=0.1)).csv
+
+
+def test_a_csv_file_says_what_its_rows_were_made_with():
+    mine = results(n=3).assign(target_training="quick, 12 x 3 epochs")
+    said = {"images": 10_000, "training": "quick, 12 x 3 epochs", "m": 15, "epsilon": 0.01, "selection": "smallest",
+            "head": "keep", "law": "uniform"}  # fmt: skip
+    for table in (tables.accuracy_table(mine), tables.parameter_table(mine)):
+        frame = pd.read_csv(io.StringIO(table.csv))
+        assert frame[list(said)].drop_duplicates().to_dict("records") == [said]
+    for table in (tables.deep_accuracy_table(deep_results(n=3)), tables.deep_parameter_table(deep_results(n=3))):
+        frame = pd.read_csv(io.StringIO(table.csv)).set_index(["activation", "ticket"])
+        assert frame.loc[("ReLU", "sampled"), "images"] == 10_000
+        assert frame.loc[("ReLU", "explicit 2L"), ["images", "m", "head"]].tolist() == [2000, 15, "construct"]
+    other = pd.read_csv(io.StringIO(tables.accuracy_table(results(n=3).assign(law="normal")).csv))
+    assert set(other.law) == {"normal"}
+
+
+def test_sampled_errors_stand_beside_tickets():
+    sampled = results(n=3).query("construction == 'L+1'").assign(construction="sampled", kind="sampled")
+    table = tables.accuracy_table(pd.concat([results(n=3), sampled.assign(law="uniform")]))
+    frame = pd.read_csv(io.StringIO(table.csv)).set_index(["activation", "construction"])
+    assert frame.loc["ReLU"].index.tolist() == ["sampled", "L+1", "2L"]
+    assert math.isnan(frame.loc[("ReLU", "sampled"), "paper_ticket"])  # the paper's are of tickets on MNIST
+    assert "Sampled: no ticket is built" in table.note
+    assert "Sampled" not in tables.accuracy_table(results(n=3)).note
+    assert "Explicit" not in tables.accuracy_table(sampled).note
 
 
 def test_the_note_says_how_targets_were_trained():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
 
 import pandas as pd
 
+from ltx.report import paper
 from ltx.report.variants import LEAST_SEEDS, on_same_images, usual_size, variant, with_variants
 
 ACTIVATIONS = {  # those of the paper, in its order, and the others
@@ -71,16 +70,10 @@ def interval(values: pd.Series) -> tuple[float, float]:
     return numbers.mean(), 1.96 * numbers.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
 
 
-def paper_values(table: int) -> pd.DataFrame:
-    """The paper's table as rows (row, column, mean, ci95)."""
-    values = pd.read_csv(Path(__file__).with_name("paper_tables.csv"))
-    return values.loc[values.table == table]
-
-
 def accuracy_table(results: pd.DataFrame) -> Table:
     """Table 1: test accuracy of targets and tickets. The paper's column is its L+1 construction."""
     return _table(
-        results, paper_values(1), "target_accuracy", "ticket_accuracy", "difference",
+        results, paper.values(1), "target_accuracy", "ticket_accuracy", "difference",
         lambda ticket, target: ticket - target, digits=2, sign="+z",  # z: no -0.00
         title="Table 1. Test accuracy in % of tickets and their targets.",
     )  # fmt: skip
@@ -89,7 +82,7 @@ def accuracy_table(results: pd.DataFrame) -> Table:
 def parameter_table(results: pd.DataFrame) -> Table:
     """Table 2: prunable parameters of targets (above epsilon) and tickets."""
     return _table(
-        results, paper_values(2), "target_parameters", "ticket_parameters", "ratio",
+        results, paper.values(2), "target_parameters", "ticket_parameters", "ratio",
         _ratio, digits=0, sign="",
         title="Table 2. Number of prunable parameters of tickets and their targets.",
     )  # fmt: skip
@@ -100,14 +93,15 @@ def _ratio(ticket: float, target: float) -> float:
     return ticket / target if target else math.nan
 
 
-def _table(results, paper, target_column, ticket_column, relation, relate, *, digits, sign, title) -> Table:
+def _table(results, published, target_column, ticket_column, relation, relate, *, digits, sign, title) -> Table:
     numbers, shown, images = [], [], []
     first = results.iloc[0]
     on_paper = (first.data, first.network, first["head"]) == ("mnist", "mnist_cnn", "keep")  # as the paper does
+    on_paper = on_paper and paper.in_its_setting(results)
     places = f".{digits}f"
     for activation, construction, mine in _variants(results):
         label = label_of(activation)
-        theirs = paper[paper.row == activation].set_index("column")
+        theirs = published[published.row == activation].set_index("column")
         target, (mean, half) = float(mine[target_column].iloc[0]), interval(mine.loc[:, ticket_column])
         row = {"activation": label, "construction": construction}
         number: dict[str, str | float] = dict(row)
@@ -124,22 +118,22 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
                 number[f"paper_{relation}"] = relate(paper_mean, paper_target)
                 text["paper: ticket"] = f"{paper_mean:g} {PM} {paper_half:g}"
         related = relate(mean, target)
-        number |= {"target": target, "ticket": mean, "ci95": half, relation: related, "n": len(mine)}
+        number |= {"target": target, "ticket": mean, "ci95": half, relation: related, "n": len(mine), **_made(mine)}
         text["target"] = f"{target:{places}}"
         text["ticket"] = f"{mean:{places}} {PM} {half:{places}}" if len(mine) > 1 else f"{mean:{places}}"
         text[relation] = "–" if math.isnan(related) else f"{related:{sign}.2f}"
         text["n"] = str(len(mine))
         numbers.append(number)
         shown.append(text)
-        images.append(int(mine.examples.iloc[0]))
+        images.append(number["images"])
     if len(set(images)) > 1:
-        for number, text, many in zip(numbers, shown, images, strict=True):
-            number["images"], text["images"] = many, str(many)
+        for text, many in zip(shown, images, strict=True):
+            text["images"] = str(many)
     on = f"{images[0]} test images" if len(set(images)) == 1 else "fixed random test images, where not all are"
     note = (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds of the source; m = {usual_size(results)}, epsilon = "
         f"{first.epsilon:g}, {_subsets(results)}, head: {first['head']}{_built(results)}; {first.data}, {on}"
-        f"{_trained(results)}. Explicit tickets, each verified against its source and its target."
+        f"{_trained(results)}. {_kinds(results)}"
     )
     return Table(title, note, pd.DataFrame(numbers), pd.DataFrame(shown))
 
@@ -147,7 +141,7 @@ def _table(results, paper, target_column, ticket_column, relation, relate, *, di
 def deep_accuracy_table(results: pd.DataFrame) -> Table:
     """Table 3: test accuracy for ResNet-22. The paper's columns are of the sampled protocol."""
     numbers, shown = [], []
-    for activation, kind, mine, theirs in _deep_rows(results, paper_values(3)):
+    for activation, kind, mine, theirs in _deep_rows(results, paper.values(3)):
         accuracy = mine.ticket_accuracy
         target, (mean, half) = float(mine.target_accuracy.mean()), interval(accuracy)
         row = {"activation": ACTIVATIONS[activation], "ticket": kind if kind == "sampled" else f"explicit {kind}"}
@@ -158,9 +152,9 @@ def deep_accuracy_table(results: pd.DataFrame) -> Table:
             number[f"paper_{column}"] = number[f"paper_{column}_ci95"] = math.nan
             text[f"paper: {name}"] = "–"
             if kind == "sampled" and len(theirs):
-                paper, paper_half = (float(theirs.loc[column, c]) for c in ("mean", "ci95"))
-                number[f"paper_{column}"], number[f"paper_{column}_ci95"] = paper, paper_half
-                text[f"paper: {name}"] = _pm(paper, paper_half, "g")
+                paper_mean, paper_half = (float(theirs.loc[column, c]) for c in ("mean", "ci95"))
+                number[f"paper_{column}"], number[f"paper_{column}_ci95"] = paper_mean, paper_half
+                text[f"paper: {name}"] = _pm(paper_mean, paper_half, "g")
         number |= {"target": target, "mean": mean, "ci95": half, "difference": mean - target}
         text |= {"target": f"{target:.2f}", "mean": _pm(mean, half, ".2f"), "difference": f"{mean - target:+z.2f}"}
         number["best_half"], number["best_half_ci95"], text["best half"] = math.nan, math.nan, "–"
@@ -171,9 +165,9 @@ def deep_accuracy_table(results: pd.DataFrame) -> Table:
                 best_half,
                 _pm(best, best_half, ".2f"),
             )
-        number |= {"agreement": float(mine.agreement.mean()), "n": len(mine), "images": float(mine.examples.iloc[0])}
+        number |= {"agreement": float(mine.agreement.mean()), "n": len(mine), **_made(mine)}
         text |= {"agreement": f"{mine.agreement.mean():.1f}", "n": str(len(mine)), "images": _unique(mine.examples)}
-        number["training"] = text["training"] = _unique(mine.target_training)
+        text["training"] = _unique(mine.target_training)
         numbers.append(number)
         shown.append(text)
     return Table(
@@ -185,7 +179,7 @@ def deep_accuracy_table(results: pd.DataFrame) -> Table:
 def deep_parameter_table(results: pd.DataFrame) -> Table:
     """Table 4: prunable parameters for ResNet-22. The paper's columns are of the sampled protocol."""
     numbers, shown = [], []
-    for activation, kind, mine, theirs in _deep_rows(results, paper_values(4)):
+    for activation, kind, mine, theirs in _deep_rows(results, paper.values(4)):
         target, (mean, half) = float(mine.target_parameters.iloc[0]), interval(mine.ticket_parameters)
         ratio = _ratio(mean, target)
         source = float(mine.source_parameters.mean()) if kind != "sampled" else math.nan
@@ -195,21 +189,15 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
         number |= dict.fromkeys(("paper_target", "paper_ticket", "paper_ticket_ci95", "paper_ratio"), math.nan)
         text |= dict.fromkeys(("paper: target", "paper: ticket", "paper: ratio"), "–")
         if kind == "sampled" and len(theirs):
-            paper_target, paper, paper_half = (
+            paper_target, paper_mean, paper_half = (
                 float(theirs.loc[c, v]) for c, v in (("target", "mean"), ("ticket", "mean"), ("ticket", "ci95"))
             )
-            number |= {"paper_target": paper_target, "paper_ticket": paper, "paper_ticket_ci95": paper_half,
-                       "paper_ratio": paper / paper_target}  # fmt: skip
-            text |= {"paper: target": f"{paper_target:.0f}", "paper: ticket": _pm(paper, paper_half, ".0f"),
-                     "paper: ratio": f"{paper / paper_target:.2f}"}  # fmt: skip
-        number |= {
-            "target": target,
-            "mean": mean,
-            "ci95": half,
-            "ratio": ratio,
-            "source": source,
-            "n": len(mine),
-        }
+            number |= {"paper_target": paper_target, "paper_ticket": paper_mean, "paper_ticket_ci95": paper_half,
+                       "paper_ratio": paper_mean / paper_target}  # fmt: skip
+            text |= {"paper: target": f"{paper_target:.0f}", "paper: ticket": _pm(paper_mean, paper_half, ".0f"),
+                     "paper: ratio": f"{paper_mean / paper_target:.2f}"}  # fmt: skip
+        number |= {"target": target, "mean": mean, "ci95": half, "ratio": ratio, "source": source, "n": len(mine),
+                   **_made(mine)}  # fmt: skip
         text |= {
             "target": f"{target:.0f}", "mean": _pm(mean, half, ".0f"),
             "ratio": "–" if math.isnan(ratio) else f"{ratio:.2f}",
@@ -233,6 +221,17 @@ def _variants(results: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
             yield activation, name, mine.loc[mine.variant == name]
 
 
+def _made(mine: pd.DataFrame) -> dict[str, str | float]:
+    """For the CSV file, what a row was measured on and made with."""
+    first = mine.iloc[0]
+    law = first.get("law")
+    return {
+        "images": int(first.examples), "training": _unique(mine.target_training) if "target_training" in mine else "–",
+        "m": int(first.base_set_size), "epsilon": float(first.epsilon), "selection": first.selection,
+        "head": first["head"], "law": "uniform" if pd.isna(law) else law,
+    }  # fmt: skip
+
+
 def _trained(results: pd.DataFrame) -> str:
     """How the targets were trained, for a note; nothing where no file says it."""
     if "target_training" not in results or results.target_training.isna().all():
@@ -251,8 +250,11 @@ def left_out(results: pd.DataFrame) -> str:
 
 def _built(results: pd.DataFrame) -> str:
     """What of the source is not as usual, for a note; scaling of those with feedback stands in their rows."""
-    plain = results[results.selection != "feedback"]
-    first, parts = (plain if len(plain) else results).iloc[0].dropna(), []
+    explicit = results.loc[results.kind == "explicit"]
+    plain = explicit.loc[explicit.selection != "feedback"]
+    if explicit.empty:
+        return ""
+    first, parts = (plain if len(plain) else explicit).iloc[0].dropna(), []
     if len(plain) and first.get("scaling", "unit") != "unit":
         parts.append(f"scaling: {first.scaling}")
     if first.get("law", "uniform") != "uniform":
@@ -262,39 +264,46 @@ def _built(results: pd.DataFrame) -> str:
     return "".join(f", {part}" for part in parts)
 
 
+def _kinds(results: pd.DataFrame, how: str = "") -> str:
+    """What rows are, for a note."""
+    parts = {
+        "sampled": "Sampled: no ticket is built, the target's parameters get the errors of random subset-sum problems, "
+        "and an L+1 ticket's parameters are estimated; that is the paper's protocol for ResNet-22.",
+        "explicit": f"Explicit: masks on a random source, each verified against its source and its target{how}.",
+    }
+    return " ".join(text for kind, text in parts.items() if (results.kind == kind).any())
+
+
 def _subsets(results: pd.DataFrame) -> str:
     """How subsets were chosen, for a note."""
     plain = [name for name in results.selection.unique() if name != "feedback"]
     parts = [f"{' and '.join(plain)} subsets"] if plain else []
     if (results.selection == "feedback").any():
         parts.append(
-            "with feedback those that lower the error of their row on calibration images, whose parameters are not "
-            "within epsilon of the target's but where there is a bound (λ: share of the variance by which a parameter "
-            f"has to lower the error; variants with at least {LEAST_SEEDS} seeds)"
+            f"with feedback {'those' if plain else 'subsets'} that lower the error of their row on calibration images, "
+            "whose parameters are not within epsilon of the target's but where there is a bound (λ: share of the "
+            f"variance by which a parameter has to lower the error; variants with at least {LEAST_SEEDS} seeds)"
         )
     return "; ".join(parts)
 
 
-def _deep_rows(results: pd.DataFrame, paper: pd.DataFrame):
+def _deep_rows(results: pd.DataFrame, published: pd.DataFrame):
     """(activation, kind, results of that row, the paper's values for the activation)."""
     for activation, name, mine in _variants(results):
-        on_paper = (paper.row == activation) & (mine["head"] == "construct").all()  # as in the paper
-        yield activation, name, mine, paper[on_paper].set_index("column")
+        on_paper = (mine["head"] == "construct").all() and paper.in_its_setting(mine)
+        yield activation, name, mine, published[(published.row == activation) & on_paper].set_index("column")
 
 
 def _deep_note(results: pd.DataFrame) -> str:
     first = results.iloc[0]
-    explicit = cast(pd.DataFrame, results[results.kind == "explicit"])
-    how = ""
-    if len(explicit):
-        how = f" (head: {explicit.iloc[0]['head']}, batch norm: {explicit.iloc[0].batch_norm}{_built(explicit)})"
+    normalised = results[results.kind == "explicit"].batch_norm
+    shortcuts = "; errors are not sampled for the projection shortcuts" * int((results.kind == "sampled").any())
+    how = f" (head: {first['head']}, batch norm: {_unique(normalised)}{_built(results)})"
     return (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds; m = {usual_size(results)}, epsilon = {first.epsilon:g}, "
-        f"{_subsets(results)}. Sampled: no ticket is built, the target's parameters get the errors of random "
-        "subset-sum problems, and an L+1 ticket's parameters are estimated; that is what the paper reports. Explicit: "
-        f"masks on a random source, each verified against its source and its target{how}. Fewer than 10000 images are "
+        f"{_subsets(results)}. {_kinds(results, how)} Fewer than 10000 images are "
         "a fixed random subset, for the target too; the target's parameters are those above epsilon of the layers that "
-        "are approximated; errors are not sampled for the projection shortcuts."
+        f"are approximated{shortcuts}."
     )
 
 

