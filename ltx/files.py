@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ltx.errors import LtxError
 
+log = logging.getLogger(__name__)
 ABANDONED = 3600.0  # seconds after which nobody writes to a temporary file any more
 
 
@@ -83,6 +85,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON; not-a-number is refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_result(path: Path, about: Mapping[str, object]) -> dict | None:
+    """The JSON object at `path` where it says all of `about`; None where there is none, a damaged or another one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if all(result[key] == value for key, value in about.items()) else None
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        log.info("%s is damaged or of an earlier ltx: made again", path)
+        return None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -108,7 +108,7 @@ SETTINGS = (
         "false",
         "true, false",
         "do the work again although its result is there",
-        (*TRAIN, *TICKET, "subset-sum", "figures"),
+        (*TRAIN, "construct", "eval", "certify", "export", "bounds", "subset-sum", "figures"),
     ),
     (
         "experiment",

@@ -1,6 +1,9 @@
 """Tickets in other formats compute the same."""
 
 import builtins
+import hashlib
+import json
+import shutil
 
 import pytest
 import torch
@@ -124,10 +127,24 @@ def test_the_command(ltx, tmp_path):
     assert (status, out.splitlines()[-1]) == (0, str(path.with_name("ticket.masks.safetensors")))
     state, metadata = read_tensors(path.with_name("ticket.masks.safetensors"))
     assert sum(int(mask.sum()) for name, mask in state.items() if name.endswith("_mask")) == ticket.parameters
-    assert metadata == {"format": "ltx-masks/1", "seed": "0", "law": "uniform"}
+    of = {"ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": ticket.target_sha256}
+    assert metadata == {"format": "ltx-masks/1", "seed": "0", "law": "uniform", **of}
+    assert of.items() <= json.loads(path.with_name("ticket.masks.json").read_text()).items()
     assert ltx("export", str(path), "format=prune")[0] == 0
     state = torch.load(path.with_name("ticket.prune.pt"), weights_only=True)
     export.masked_network(ticket).load_state_dict(state)
+    written = path.with_name("ticket.prune.pt")
+    assert "there already" in ltx("export", str(path), "format=prune")[2]
+    for damage in (lambda: written.write_bytes(b"half"), lambda: path.with_name("ticket.prune.json").write_text("{}")):
+        damage()
+        assert "there already" not in ltx("export", str(path), "format=prune")[2]
+        assert torch.load(written, weights_only=True).keys() == state.keys()
+    assert "there already" not in ltx("export", str(path), "format=prune", "force=true")[2]
+    assert ltx("construct", *given, "epsilon=0.02")[0] == 0  # another ticket in the place of this one
+    shutil.copy(next(tmp_path.glob("tickets/*/*eps0.02*/ticket.safetensors")), path)
+    assert "there already" not in ltx("export", str(path), "format=prune")[2]
+    other = torch.load(written, weights_only=True)
+    assert any(other[name].shape != state[name].shape or (other[name] != state[name]).any() for name in state)
     status, out, err = ltx("export", str(path), "format=jpeg")
     assert (status, out) == (1, "")
     assert "format" in err

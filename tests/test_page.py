@@ -135,8 +135,9 @@ def test_statistics_bounds_and_targets(outputs, ltx, tmp_path):
     statistics, bounds, targets = found.tables[-3:]
     assert [row[:4] + row[5:7] for row in statistics[1:]] == [["uniform", "smallest", "8", "0.05", "1,000", "0"]] * 2
     assert sorted(row[4] for row in statistics[1:]) == ["1", "–"]
-    assert bounds[0][0] == "layer"
+    assert bounds[0][:2] == ["layer", "N"]
     assert len(bounds) > 2
+    assert "holds a ticket within 0.1 of the target" in (folder / "index.html").read_text(encoding="utf-8")
     assert targets[1][0].endswith("target.safetensors")
     assert re.search(r"relu, 2 rounds of 1 epochs, [\d.]+ %", targets[1][1])
 

@@ -1,6 +1,8 @@
 """What Theorems 3.1 and 3.2 guarantee, and whether it holds."""
 
+import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -299,6 +301,18 @@ def test_the_command_shows_what_is_guaranteed_beside_what_was_used(construction,
     assert (table.width * table.copies.clip(lower=1) > table.used_width * table.used_copies).all()
     assert "holds a ticket within 1 of the target with probability 0.95" in out
     assert "of which" in out
+    file = Path(out.splitlines()[-1])
+    made = json.loads(file.with_suffix(".json").read_text())
+    assert made["settings"]["bounds"]["error"] == 1
+    assert {"commit", "torch", "target_sha256"} <= set(made)
+    before, again = file.stat().st_mtime_ns, ltx("bounds", *given, f"construction={construction}", "bounds.error=1",
+                                                 output_dir=tmp_path)  # fmt: skip
+    assert (again[0], again[1], file.stat().st_mtime_ns) == (0, out, before)
+    assert "there already" in again[2]
+    file.with_suffix(".md").unlink()
+    again = ltx("bounds", *given, f"construction={construction}", "bounds.error=1", output_dir=tmp_path)
+    assert again[:2] == (0, out)
+    assert "there already" not in again[2]
 
 
 def test_the_command_gives_back_what_it_guarantees(ltx, tmp_path):

@@ -12,10 +12,10 @@ from ltx import paths, theory
 from ltx.config import Settings
 from ltx.constructions import construct
 from ltx.errors import ConstructionError, LtxError
-from ltx.files import write_text
+from ltx.files import read_result, require_writable, write_json, write_text
 from ltx.graph import fold_batch_norm
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
-from ltx.tasks import targets_at
+from ltx.tasks import provenance, targets_at
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,13 @@ def run(settings: Settings) -> Path:
     if settings.law.value != "uniform":
         raise LtxError(f"law={settings.law.value}: the bounds are those of a uniform source; leave it out")
     target = targets_at.load(settings)
+    path = paths.bounds_file(settings, target.digest)
+    page, made = path.with_suffix(".md"), path.with_suffix(".json")
+    if not settings.force and path.is_file() and page.is_file() and read_result(made, {"target_sha256": target.digest}):
+        log.info("%s: there already; force=true computes it again", path)
+        print(page.read_text(encoding="utf-8").replace("**", ""))
+        return path
+    require_writable(path.parent)
     folded = settings.batch_norm.value == "fold"
     graph, box = fold_batch_norm(target.graph) if folded else target.graph, target.input_range
     head, scaling = settings.head.value, settings.scaling.value
@@ -59,11 +66,11 @@ def run(settings: Settings) -> Path:
     except ConstructionError as error:
         log.info("m=%d, epsilon=%g: %s", m, epsilon, error)
     table = pd.DataFrame(rows)
-    path = paths.bounds_file(settings, target.digest)
-    write_text(path, table.to_csv(index=False))
     shown = table.rename(columns=_TITLES).map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
-    print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
-    print(
+    name = paths.own_name(settings) or f"{settings.target.name}, {target.activation}"
+    text = (
+        f"**Sources in which the theorems guarantee a ticket of {name} ({construction})**\n\n"
+        f"{shown.to_markdown(index=False, disable_numparse=True)}\n\n"
         f"Guaranteed: a source of {float(found.source_parameters):.3g} parameters ({found.problems:,} subset sums, m "
         f"up to {found.base_set_size})\n"
         f"holds a ticket within {b.error:g} of the target with probability {1 - b.delta:g}.\n"
@@ -71,6 +78,11 @@ def run(settings: Settings) -> Path:
         f"With m={m} and epsilon={epsilon:g} some row fails with a probability of at most {delta:.3g}; where every\n"
         f"parameter is within epsilon, no output is off by more than {reach:.3g}.\n"
     )
+    write_text(path, table.to_csv(index=False))
+    write_text(page, text)
+    about = {"target": str(target.path), "target_sha256": target.digest, "source_parameters": found.source_parameters}
+    write_json(made, {**about, "settings": settings.plain(), **provenance.here()})  # last: the others are there
+    print(text.replace("**", ""))
     return path
 
 

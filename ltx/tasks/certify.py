@@ -20,7 +20,7 @@ from ltx.config import Settings
 from ltx.deviation import ticket_deviations
 from ltx.errors import LtxError
 from ltx.evaluation import outputs
-from ltx.files import require_writable, write_json
+from ltx.files import read_result, require_writable, write_json
 from ltx.graph import Graph, fold_batch_norm
 from ltx.graph import run as run_graph
 from ltx.report import certificate as report
@@ -50,7 +50,7 @@ def run(settings: Settings) -> Path:
         "data": target.data, "limit": settings.limit,
         "starts": settings.certify.starts, "steps": settings.certify.steps,
     }  # fmt: skip
-    there = None if settings.force else _there(written, about)
+    there = None if settings.force else read_result(written, about)
     if there is not None:
         log.info("%s: there already; force=true certifies again", written)
         _print(there)
@@ -95,19 +95,6 @@ def run(settings: Settings) -> Path:
     write_json(written, result)  # behind the figures, so that they are there where it is
     _print(result)
     return written
-
-
-def _there(written: Path, about: dict) -> dict | None:
-    """The certificate that lies there, where it is of this ticket, target and ascent."""
-    if not written.is_file():
-        return None
-    try:
-        result = json.loads(written.read_text())
-        found = {key: result[key] for key in about}
-    except (json.JSONDecodeError, KeyError, TypeError):
-        log.info("%s is damaged or of an earlier ltx; certifying again", written)
-        return None
-    return result if found == about else None
 
 
 def _ascent(

@@ -105,9 +105,18 @@ def _advance(bar: tqdm, layer: str) -> None:
 def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     """Write the target with sampled errors: no ticket, but what the paper evaluated for ResNet-22."""
     require_writable(path.parent)
+    begin = time.perf_counter()
     found = sampled(
         target.model, base_set_size=settings.m, epsilon=settings.epsilon, seed=settings.seed,
         selection=settings.selection.value, input_range=target.input_range, head=settings.head.value,
+    )  # fmt: skip
+    write_json(
+        path.with_name("construction.json"),
+        {
+            "target": str(target.path), "target_sha256": target.digest, "seconds": time.perf_counter() - begin,
+            "parameters": found.parameters, "target_parameters": found.target_parameters,
+            "settings": settings.plain(), **provenance.here(),
+        },
     )  # fmt: skip
     write_tensors(
         path,

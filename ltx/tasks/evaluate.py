@@ -22,7 +22,7 @@ from ltx.config import Settings
 from ltx.deviation import Deviation, sampled_deviations, ticket_deviations
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import compare, outputs
-from ltx.files import require_writable, write_json
+from ltx.files import read_result, require_writable, write_json
 from ltx.graph import fold_batch_norm
 from ltx.tasks import provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
@@ -60,7 +60,7 @@ def run(settings: Settings) -> Path:
         candidate = partial(_explicit, path, ticket, target, device)
     result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not settings.force and _valid(result_path, {"ticket_sha256": digest, "data": target.data}):
+    if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data}):
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path
     require_writable(result_path.parent)
@@ -216,12 +216,3 @@ def require_valid(path: Path, ticket: Ticket, target: targets_at.Target | None) 
     if found.violations:
         raise LtxError(f"ticket {path} is not valid: {found.violations[0]}; construct it again with force=true")
     return found
-
-
-def _valid(path: Path, about: dict) -> bool:
-    """Whether a whole result of that very ticket on those data lies there."""
-    try:
-        result = json.loads(path.read_text())
-        return all(result[key] == value for key, value in about.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

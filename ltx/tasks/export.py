@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -10,27 +11,45 @@ import torch
 from ltx import data
 from ltx.config import Settings
 from ltx.export import masked_network, onnx, state_dict
-from ltx.files import replacing, write_tensors
+from ltx.files import read_result, replacing, require_writable, write_json, write_tensors
+from ltx.tasks import provenance
 from ltx.tasks.evaluate import find_ticket, require_valid
+from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> Path:
-    """Write the ticket in another format; the path of the file."""
+    """Write the ticket in another format, and beside it what it was made from; the path of the file."""
     path, ticket, target = find_ticket(settings)
-    require_valid(path, ticket, target)
     kind = settings.format.value
     written = path.with_name(path.stem + {"masks": ".masks.safetensors", "prune": ".prune.pt", "onnx": ".onnx"}[kind])
-    if kind == "onnx":
-        onnx(ticket, written, data.dataset_spec(settings.data.name if target is None else target.data).shape)
+    beside = path.with_name(f"{path.stem}.{kind}.json")
+    about = {
+        "format": kind, "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "target_sha256": ticket.target_sha256, "seed": ticket.seed, "law": ticket.law,
+        "data": (settings.data.name if target is None else target.data) if kind == "onnx" else None,
+    }  # fmt: skip
+    there = None if settings.force else read_result(beside, about)
+    if there is not None and written.is_file() and written.stat().st_size == there.get("bytes"):
+        log.info("%s: there already; force=true writes it again", written)
         return written
+    require_valid(path, ticket, target)
+    require_writable(written.parent)
+    beside.unlink(missing_ok=True)  # of another file than the one that is written now
+    _write(ticket, kind, written, about)
+    write_json(beside, {**about, "bytes": written.stat().st_size, **provenance.here()})
+    return written
+
+
+def _write(ticket: Ticket, kind: str, path: Path, about: dict) -> None:
+    if kind == "onnx":
+        onnx(ticket, path, data.dataset_spec(about["data"]).shape)
+        return
     log.info("%d parameters of the source, and as many masks", ticket.source_parameters)
     if kind == "masks":
-        write_tensors(
-            written, state_dict(ticket), {"format": "ltx-masks/1", "seed": str(ticket.seed), "law": ticket.law}
-        )
+        said = {key: str(about[key]) for key in ("seed", "law", "ticket_sha256", "target_sha256")}
+        write_tensors(path, state_dict(ticket), {"format": "ltx-masks/1", **said})
     else:
-        with replacing(written) as part:
+        with replacing(path) as part:
             torch.save(masked_network(ticket).state_dict(), part)
-    return written

@@ -40,12 +40,12 @@ def run(settings: Settings) -> Path:
     """Write the page; its path. Every call makes it anew."""
     folder = Path(settings.output_dir)
     sections = [
-        Section("Tables", [*_markdown(folder, "tables/*.md")]),
+        Section("Tables", [*_markdown(folder, "tables/*.md"), *_markdown(folder, "gpu/*.md")]),
         Section("Figures", [*_figures(folder, ("tables/*.svg", "figures/*/*.svg", "scaling/*.svg", "feedback/*.svg"))]),
         Section("Random problems", [*_statistics(folder)]),
         Section("Speed", [*_markdown(folder, "bench/*/bench.md")]),
         Section("Certificates", [*_figures(folder, ("certificates/*.svg", "tickets/*/*/certificate.svg"))]),
-        Section("Guarantees", [*_bounds(folder)]),
+        Section("Guarantees", [*_markdown(folder, "bounds/*.md")]),
         Section("Targets", [*_targets(folder)]),
     ]
     many = sum(len(section.entries) for section in sections)
@@ -98,18 +98,14 @@ def _figures(folder: Path, patterns: Iterable[str]) -> Iterator[Entry]:
         yield _entry(folder, path, _FIGURES.get(kind, path.stem), image=data_uri(path))
 
 
-def _read_csv(path: Path) -> pd.DataFrame | None:
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
-        log.warning("%s: left out, %s", path, error)
-        return None
-
-
 def _statistics(folder: Path) -> Iterator[Entry]:
     path = folder / "subset_sum" / "statistics.csv"
-    found = _read_csv(path) if path.is_file() else None
-    if found is None:
+    if not path.is_file():
+        return
+    try:
+        found = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
+        log.warning("%s: left out, %s", path, error)
         return
     named = {name: title for name, (title, _) in _STATISTICS.items()}
     shown = found.filter(list(named)).rename(columns=named)
@@ -119,13 +115,6 @@ def _statistics(folder: Path) -> Iterator[Entry]:
         "is not said, targets are random."
     )
     yield _entry(folder, path, "Statistics of random subset-sum problems", table=table, note=note)
-
-
-def _bounds(folder: Path) -> Iterator[Entry]:
-    for path in _found(folder, ("bounds/*.csv",)):
-        found = _read_csv(path)
-        if found is not None:
-            yield _entry(folder, path, "Sources in which the theorems guarantee a ticket", table=_table(found, {}))
 
 
 def _table(found: pd.DataFrame, formats: Mapping[str, str]) -> Table:
