@@ -1,16 +1,21 @@
 """A ticket is a mask on the source: rebuilt from its file alone, and refused when it is not what it says."""
 
+import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import images, small_cnn
+from conftest import ROOT, images, small_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltx import Ticket, construct, source, verify
 from ltx.errors import CheckpointError
+from ltx.files import read_tensors
 from ltx.graph import trace
+from ltx.operations import OPERATIONS
 from ltx.ticket import DEAD
 
 
@@ -189,3 +194,46 @@ def test_files_that_are_no_tickets(tmp_path, ticket):
     write_tensors(path, {"x": torch.zeros(2)}, {"format": "ltx-ticket/1", "seed": "0"})
     with pytest.raises(CheckpointError, match="damaged metadata"):
         Ticket.load(path)
+
+
+@pytest.fixture(scope="module")
+def described():
+    """docs/ticket.md, and what its code defines."""
+    page = (ROOT / "docs" / "ticket.md").read_text()
+    names: dict = {}
+    exec(compile(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], "ticket.md", "exec"), names)
+    return page, names
+
+
+@pytest.mark.parametrize(
+    ("activation", "how"),
+    [
+        ("leaky_relu", {"construction": "L+1", "head": "construct", "seed": 2**63 + 2**31 + 7}),
+        ("tanh", {"construction": "2L", "law": "normal", "seed": 3}),
+        ("sigmoid", {"construction": "2L", "head": "construct", "base_set_size": 20}),
+        ("sigmoid", {"construction": "L+1", "law": "normal", "scaling": "layer_max"}),
+        ("relu", {"construction": "2L", "pair_kernel": 3}),
+    ],
+)
+def test_the_documented_format_is_enough_to_rebuild_a_ticket(activation, how, described, tmp_path):
+    """By the page's code, which imports nothing of ltx."""
+    _, names = described
+    ticket = construct(small_cnn(activation), **{"base_set_size": 15, "epsilon": 0.05, **how})
+    ticket.save(tmp_path / "ticket.safetensors")
+    found = names["read_ticket"](tmp_path / "ticket.safetensors")
+    assert list(found) == [layer.name for layer in ticket.layers]
+    for name, (weight, bias) in found.items():
+        assert weight.any()
+        assert np.array_equal(weight, ticket.weight(name).numpy())
+        assert np.array_equal(bias, ticket.bias(name).numpy())
+
+
+def test_the_documented_format_names_everything(ticket, described, tmp_path):
+    page, _ = described
+    ticket.save(tmp_path / "ticket.safetensors")
+    tensors, metadata = read_tensors(tmp_path / "ticket.safetensors")
+    parts = {name.rpartition(".")[2] for name in tensors if not name.startswith("given.")}
+    keys = {key for layer in json.loads(metadata["layers"]) for key in layer}
+    operations = {"input", "layer", "given", "batch_norm", "activation", "output", *OPERATIONS}
+    said = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", page)}
+    assert (parts | set(metadata) | keys | operations) - said == set()
