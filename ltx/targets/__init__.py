@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ltx.activations import activation as activation_named
@@ -19,11 +20,23 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {"mnist_cnn": mnist_cnn, "resnet
 
 
 @usual_defaults()
-def build(network: str, activation: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A fresh target network; LtxError when `network` or `activation` is not registered."""
+def build(
+    network: str, activation: str, *, shape: tuple[int, int, int], classes: int, seed: int | None = None
+) -> nn.Module:  # fmt: skip
+    """A fresh target network, initialised as PyTorch does.
+
+    Args:
+        seed: of the initialisation, which leaves PyTorch's generator as it is; None: that generator goes on.
+
+    Raises:
+        LtxError: `network` or `activation` is not registered.
+    """
     if network not in NETWORKS:
         raise LtxError(f"network '{network}' is not known; there are {', '.join(NETWORKS)}")
-    return NETWORKS[network](activation_named(activation), shape=shape, classes=classes)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        return NETWORKS[network](activation_named(activation), shape=shape, classes=classes)
 
 
 __all__ = [

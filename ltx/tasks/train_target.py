@@ -7,7 +7,6 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ltx import data, paths, targets, training
@@ -45,8 +44,10 @@ def _train(settings: Settings, path: Path) -> Path:
     train_split = data.load(settings.data.name, train=True, root=settings.data_root, device=device)
     test_split = data.load(settings.data.name, train=False, root=settings.data_root, device=device)
     spec = data.dataset_spec(settings.data.name)
-    torch.manual_seed(settings.target.seed)
-    model = targets.build(settings.target.network, settings.activation.value, shape=spec.shape, classes=spec.classes)
+    model = targets.build(
+        settings.target.network, settings.activation.value, shape=spec.shape, classes=spec.classes,
+        seed=settings.target.seed,
+    )  # fmt: skip
     require_writable(path.parent)
     checkpoint = path.with_name("round.safetensors")
     if settings.force:

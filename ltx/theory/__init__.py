@@ -11,14 +11,17 @@ of at most B in magnitude which deviate by at most D, deviates in any output by 
 the last part being the linearisation of a pair whose activation is linear near 0 only. In L+1, behind the first layer,
 the first part is another one: the slots of a channel deviate each on its own, and a sum of up to m entries of up to 1,
 for every parameter, passes on up to m n D. (The proof of Theorem 3.2, equation (13), has N D there, as if all slots of
-a channel deviated alike. The theorem can be mended: epsilon_l becomes smaller by a factor of m for each layer behind
-l, of which only the logarithm enters the width. What it hides is how tickets of deep networks fail, as the README says
+a channel deviated alike. The theorem can be mended: epsilon_l becomes smaller by a factor of m for each layer behind l,
+of which only the logarithm enters the width. What it hides is how tickets of deep networks fail, as the README says
 under "Deep tickets that work": sum |w_s| and not |W| is what deviations grow with.) Each part gets the same share of
 what the layer may deviate. Behind it an activation divides by its Lipschitz constant, batch norm by its largest scale,
-and a sum halves. The paper says the same with N, the number of parameters of the whole layer, for n and for
-sum |w|, which needs |x| <= 1 and |w| <= 1 (it takes both for granted, and in Theorem 3.2 a first layer that is exactly
-linear): form "theorem" gives its epsilon_l, form "norms", the default, what the target's own norms and interval bounds
-of its activations give. That one holds for any target, and is larger wherever the paper's assumptions hold.
+and a sum halves. The paper says the same with N, the number of parameters of the whole layer, for n and for sum |w|,
+which needs |x| <= 1 and |w| <= 1 (it takes both for granted, and in Theorem 3.2 a first layer that is exactly linear):
+form "theorem" gives its epsilon_l, form "norms", the default, what the target's own norms and interval bounds of its
+activations give. That one holds for any target, and is larger wherever the paper's assumptions hold. With skips
+epsilon_l of form "theorem" is another one than the paper's: it counts the skips' parameters beside the layer's, (T N_w
++ N_m) in equation (14), where here a sum halves what its summands may deviate, which then go on each by itself. Both
+are sound.
 
 **Chance of a subset.** Corollary 2.2: of m numbers a subset sum is within epsilon of theta, |theta| <= 1, with
 probability at least 1 - delta', if m >= C log(1 / min(epsilon, delta')). A union bound over rho problems needs
