@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 
+from torch import Tensor
+
 from ltx.errors import LtxError
 
 
@@ -29,6 +31,13 @@ def real(name: str, value: object, error: type[LtxError] = LtxError) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise error(f"{name} {value!r} must be a number") from None
+
+
+def outside(images: Tensor, low: float, high: float) -> str | None:
+    """Where elements of images reach beyond [low, high], by more than float32 rounds; None where they do not."""
+    least, most = (float(end) for end in images.detach().aminmax())
+    slack = 1e-6 * max(1.0, abs(low), abs(high))
+    return None if low - slack <= least and most <= high + slack else f"[{least:g}, {most:g}]"
 
 
 def seed_of(value: object, error: type[LtxError] = LtxError) -> int:

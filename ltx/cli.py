@@ -35,7 +35,7 @@ COMMANDS = {
     "figures": ("figures", "write the paper's Figures 3 and 4, and how failures fall with m"),
     "bench": ("bench", "measure the subset-sum engine beside other solvers"),
     "tables": ("tables", "write the paper's tables from the results that are there"),
-    "page": ("page", "write one HTML page of all tables and figures that are there"),
+    "page": ("page", "write one HTML page of the tables and figures that are there"),
 }
 _FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve", "--version")
 _FLAGS_WITH_VALUE = (

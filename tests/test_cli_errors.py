@@ -93,11 +93,30 @@ def test_a_gpu_where_there_is_none(ltx, tmp_path):
     assert "no CUDA device" in one_line(err)
 
 
+def test_a_file_and_settings_of_another_ticket(ltx, tmp_path):
+    """Which would be taken for a stricter check, or for another ticket, than the one that is looked at."""
+    given = ("target=digits", "protocol=smoke")
+    for command in ("train-target", "construct"):
+        status, out, err = ltx(command, *given, "epsilon=0.02")
+        assert status == 0, err
+    file = out.splitlines()[-1]
+    its = {"epsilon=0.0001": "0.02", "m=7": "15", "seed=3": "0", "activation=tanh": "relu", "construction=2L": "L+1",
+           "selection=best": "smallest", "law=normal": "uniform"}  # fmt: skip
+    for other in its:
+        status, out, err = ltx("verify", file, other)
+        assert (status, out) == (1, "")
+        assert f"{other} has no meaning for ticket {file}, which has {its[other]}; leave it out" in one_line(err)
+    for same in ("epsilon=0.02", "m=15", "construction=L+1", "limit=5"):
+        assert ltx("verify", file, same)[0] == 0
+
+
 def test_the_command_that_trains_a_missing_target_is_the_one_that_helps(ltx, tmp_path):
-    """Also where it is sought in a folder of its own, of a seed of its own."""
+    """Also where it is sought in a folder of its own, of a seed and with settings of training of its own."""
     where = tmp_path / "outputs in ü, b(c), 'd'"
-    given = ("construct", "target=digits", "protocol=smoke", "target.seed=3", override("output_dir", where))
+    given = ("construct", "target=digits", "protocol=smoke", "target.seed=3", override("output_dir", where), "m=14",
+             "target.density=0.3", "protocol.epochs=2", "target.bound=null", "use_reference=false")  # fmt: skip
     _, _, err = ltx(*given)
+    assert "m=14" not in err
     advised = shlex.split(one_line(err).split("train it with: ltx ")[1])
     status, _, _ = ltx(*advised)
     assert status == 0

@@ -12,6 +12,7 @@ from torch import nn
 from ltx import Feedback, LtxError, construct, operations, verify
 from ltx.constructions import choice, feedback, refine
 from ltx.deviation import ticket_deviations
+from ltx.errors import ConstructionError
 from ltx.graph import trace
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
@@ -270,7 +271,10 @@ def test_settings_without_meaning(settings, message):
         ({"selection": "smallest", "feedback": FEW}, "it alone"),
         ({"selection": "worst"}, "selection 'worst' is not known; there are smallest, best, feedback"),
         ({"selection": "feedback", "calibration": torch.full((2, 1, 6, 6), torch.nan)}, "finite"),
-        ({"selection": "feedback", "calibration": torch.full((2, 1, 6, 6), 1e30)}, "squares are beyond float32"),
+        (
+            {"selection": "feedback", "calibration": torch.full((2, 1, 6, 6), 1e30), "input_range": (-1.0, 1e30)},
+            "squares are beyond float32",
+        ),
         ({"selection": "feedback", "calibration": torch.zeros(2, 6, 6)}, "must be"),
         ({"selection": "feedback", "calibration": torch.zeros(0, 1, 6, 6)}, "must be"),
         ({"selection": "feedback", "calibration": torch.zeros(2, 3, 6, 6)}, "do not fit the network"),
@@ -297,3 +301,18 @@ def test_errors_that_float32_has_no_squares_of(construction):
             parameter.mul_(1e-42)
     ticket = construct(model, head="construct", scaling="layer_max", **how)
     assert verify(ticket, model, images()).violations == ()
+
+
+def test_calibration_images_beyond_the_range_of_inputs():
+    """Which decides whether negative inputs are served, and where a pair is linear."""
+    model, seen = small_cnn("tanh"), images(20, 6)
+    low, high = float(seen.min()), float(seen.max())
+    how = {"selection": "feedback", "calibration": seen, "epsilon": 0.02, "base_set_size": 12}
+    for wrong in ((0.0, high), (low, high / 2)):
+        with pytest.raises(ConstructionError, match=r"the calibration images lie in \[-.*\]; give the range of all"):
+            construct(model, input_range=wrong, **how)
+    ticket = construct(model, input_range=(low + 1e-8, high - 1e-8), **how)  # as far as float32 rounds
+    assert verify(ticket, model, seen).ok
+    wrong = verify(ticket, model, 2 * seen)
+    assert "inputs: made for" in wrong.violations[0]
+    assert "the calibration images lie in" in wrong.violations[0]

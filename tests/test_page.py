@@ -128,13 +128,21 @@ def test_statistics_bounds_and_targets(outputs, ltx, tmp_path):
     where = f"output_dir={folder}"
     for theta in ("null", "1"):
         assert ltx("subset-sum", "problems=1000", "m=8", "epsilon=0.05", f"theta={theta}", where)[0] == 0
+    assert ltx("subset-sum", "problems=1000", "m=16", "epsilon=0.2", where)[0] == 0
+    assert ltx("subset-sum", "problems=1000", "m=6", "epsilon=0.2", where)[0] == 0
     assert ltx("bounds", "target=digits", "protocol=smoke", where)[0] == 0
     status, _, err = ltx("page", where)
     assert status == 0, err
     found = _Page((folder / "index.html").read_text(encoding="utf-8"))
     statistics, bounds, targets = found.tables[-3:]
-    assert [row[:4] + row[5:7] for row in statistics[1:]] == [["uniform", "smallest", "8", "0.05", "1,000", "0"]] * 2
-    assert sorted(row[4] for row in statistics[1:]) == ["1", "–"]
+    runs = {(row[2], row[4]): row for row in statistics[1:]}
+    assert [runs["8", theta][:4] + runs["8", theta][5:7] for theta in ("1", "–")] == [
+        ["uniform", "smallest", "8", "0.05", "1,000", "0"]
+    ] * 2
+    # C: bounds where more problems than epsilon have no subset, and where all have one
+    assert [bool(re.fullmatch(r"> 2\.67", runs["8", theta][-1])) for theta in ("1", "–")] == [True, True]
+    assert re.fullmatch(r"< [\d.]+", runs["16", "–"][-1])
+    assert re.fullmatch(r"[\d.]+", runs["6", "–"][-1])
     assert bounds[0][:2] == ["layer", "N"]
     assert len(bounds) > 2
     assert "holds a ticket within 0.1 of the target" in (folder / "index.html").read_text(encoding="utf-8")

@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import deviation, images, small_resnet
+from conftest import deviation, images, small_cnn, small_resnet
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from ltx import LtxError, construct, verify
 from ltx.activations import ACTIVATIONS
@@ -262,6 +263,31 @@ def test_projections_are_told_from_other_layers():
         "blocks.2.shortcut.0",
         "blocks.4.shortcut.0",
     ]
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_sampled_errors_of_pruned_parameters(pruned):
+    """As torch.nn.utils.prune has them, product of `weight_orig` and `weight_mask`: what is pruned stays so."""
+    model, x = small_cnn("relu"), images(4, 6)
+    if pruned:
+        for module in (model[0], model[2]):
+            prune.l1_unstructured(module, "weight", 0.5)
+    graph, found = trace(model), sampled(model, seed=1, input_range=(0.0, 1.0))
+    before = model(x)
+    model.load_state_dict(found.state)
+    changed = trace(model)
+    for name, layer in graph.layers.items():
+        other = changed.layers[name].weight
+        assert ((other != 0) == above(layer.weight, 0.01)).all()
+        assert 0 < (other - layer.weight).abs().max() <= 0.01 + 1e-6
+    assert not torch.equal(model(x), before)
+
+
+def test_sampled_errors_of_a_parametrization():
+    model = small_cnn("relu")
+    parametrize.register_parametrization(model[2], "weight", nn.Identity())
+    with pytest.raises(ConstructionError, match=r"layer 2: its weight is not .* of the model.s state; take"):
+        sampled(model)
 
 
 def test_sampled_errors_have_the_moments_of_the_statistics():

@@ -113,11 +113,18 @@ def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_pat
     account.unlink()
     status, _, err = ltx("eval", *given, "limit=20")
     assert status == 0
-    assert f"{account} is not there" in err
-    status, _, err = ltx("construct", *given)
-    assert (status, "construction.json is not beside it; constructing it again" in err) == (0, True)
-    assert account.is_file()
-    assert ticket.read_bytes() == before
+    assert "construction.json is not beside it; the result says less of it" in err
+    for damage in (lambda: None, lambda: account.write_text("{}"), lambda: account.write_text("{")):
+        damage()
+        status, _, err = ltx("construct", *given)
+        assert (status, "construction.json is not beside it; constructing it again" in err) == (0, True)
+        assert ticket.read_bytes() == before
+    assert "there already" in ltx("construct", *given)[2]
+    status, out, err = ltx("eval", *given, "limit=20")  # of a result that did not say how the ticket was made
+    assert (status, "there already" in err) == (0, False)
+    assert json.loads(last_line(out).read_text())["scaling"] == "unit"
+    assert "there already" in ltx("eval", *given, "limit=20")[2]
+    assert ltx("tables", *given, "limit=20")[0] == 0
 
 
 def test_a_ticket_is_written_last(outputs, ltx, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ltx.checks import real, seed_of, whole
+from ltx.checks import outside, real, seed_of, whole
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
@@ -132,6 +132,10 @@ def construct(
     compared, within = None, epsilon
     if calibration is not None:
         compared = Calibration(walked, calibration, feedback or Feedback(), seed=seed, device=device)
+        if (reach := outside(calibration, *input_range)) is not None:
+            raise ConstructionError(
+                f"input_range {input_range}: the calibration images lie in {reach}; give the range of all inputs"
+            )
         within = math.inf if compared.settings.bound is None else compared.settings.bound
         if within < epsilon:
             raise ConstructionError(

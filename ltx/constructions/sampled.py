@@ -79,11 +79,15 @@ def sampled(
         error, size = _distribution("product" if name == first else "uniform", base_set_size, epsilon, selection)
         slots = 1 if name == last else base_set_size
         for part, tensor in (("weight", layer.weight), ("bias", layer.bias)):
-            key = f"{name}.{part}"
             if part == "bias" and not bool(tensor.any()):
                 continue
+            key = f"{name}.{part}"
+            key = f"{key}_orig" if f"{key}_orig" in state else key  # of torch.nn.utils.prune, beside KEY_mask
             if key not in state or state[key].shape != tensor.shape:
-                raise ConstructionError(f"layer {name}: its {part} is not '{key}' of the model's state")
+                raise ConstructionError(
+                    f"layer {name}: its {part} is not '{key}' of the model's state; take its parametrization away, "
+                    "e.g. with torch.nn.utils.parametrize.remove_parametrizations"
+                )
             changed, sizes = _perturbed(tensor, epsilon, error, size, generator)
             state[key] = changed
             parameters += slots * (sets if part == "weight" else constants) * sizes

@@ -228,7 +228,7 @@ def _made(mine: pd.DataFrame) -> dict[str, str | float]:
     return {
         "images": int(first.examples), "training": _unique(mine.target_training) if "target_training" in mine else "–",
         "m": int(first.base_set_size), "epsilon": float(first.epsilon), "selection": first.selection,
-        "head": first["head"], "law": "uniform" if pd.isna(law) else law,
+        "head": first["head"], "law": "uniform" if pd.isna(law) else law, "target_sha256": first.get("target_sha256"),
     }  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from ltx.graph import run as run_graph
 from ltx.report import certificate as report
 from ltx.report.figures import save
 from ltx.tasks import provenance, targets_at
-from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, require_valid, some_images
+from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, made_with, require_valid, some_images
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -140,8 +139,7 @@ def _theorem(path: Path, ticket: Ticket, graph: Graph) -> float | None:
     """What the theorem's argument gives for parameters within epsilon of a uniform source; None for other tickets."""
     if ticket.feedback or ticket.law != "uniform":
         return None
-    built = path.with_name("construction.json")
-    scaling = (json.loads(built.read_text()) if built.is_file() else {}).get("scaling") or "layer_max"
+    scaling = made_with(path).get("scaling") or "layer_max"
     epsilons, sizes = (
         dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
     )  # fmt: skip

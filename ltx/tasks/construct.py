@@ -16,7 +16,7 @@ from ltx.config import Settings
 from ltx.constructions import Statistics, construct
 from ltx.constructions.sampled import sampled
 from ltx.errors import CheckpointError, LtxError, UnsolvedError
-from ltx.files import require_writable, write_json, write_tensors
+from ltx.files import read_result, require_writable, write_json, write_tensors
 from ltx.targets import read_checkpoint
 from ltx.tasks import calibration, provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
@@ -144,8 +144,9 @@ def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
         if path.name == "sampled.safetensors":
             return read_checkpoint(path).metadata.get("target_sha256") == target.digest
         ticket = Ticket.load(path)
-        if not path.with_name("construction.json").is_file():
-            log.info("%s: construction.json is not beside it; constructing it again", path)
+        how = {"target_sha256": target.digest, "scaling": settings.scaling.value}
+        if read_result(path.with_name("construction.json"), how) is None:
+            log.info("%s: its construction.json is not beside it; constructing it again", path)
             return False
         wanted = {
             "target_sha256": target.digest, "input_low": target.input_range[0], "input_high": target.input_range[1],

@@ -53,14 +53,15 @@ def run(settings: Settings) -> Path:
     device = settings.torch_device
     if settings.construction.value == "sampled" and not settings.ticket:
         path, target = _find_sampled(settings)
-        candidate = partial(_sampled, path, target)
+        candidate, made = partial(_sampled, path, target), {}
     else:
         path, ticket, known = find_ticket(settings)
         target = targets_at.require_comparable(path, ticket, known)
         candidate = partial(_explicit, path, ticket, target, device)
+        made = {"scaling": made_with(path).get("scaling")}  # which the ticket does not say
     result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data}):
+    if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data, **made}):
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path
     require_writable(result_path.parent)
@@ -101,10 +102,9 @@ def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, dige
 
 def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str) -> _Candidate:
     verification = require_valid(path, ticket, target)
-    built = path.with_name("construction.json")
-    how = json.loads(built.read_text()) if built.is_file() else {}
+    how = made_with(path)
     if not how:
-        log.info("%s is not there: the result says less of how the ticket was made, and tables leave it out", built)
+        log.info("%s: construction.json is not beside it; the result says less of it, and tables leave it out", path)
     constructed = {layer.target for layer in ticket.layers}
     operations = {node.op for node in ticket.graph}
     folded = target.graph.normalised and "batch_norm" not in operations
@@ -128,6 +128,11 @@ def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str
     return _Candidate(
         target, about, network, lambda images: ticket_deviations(ticket, graph, images, network=network)
     )  # fmt: skip
+
+
+def made_with(path: Path) -> dict:
+    """What stands beside a ticket of how it was made; nothing where it is not there."""
+    return read_result(path.with_name("construction.json"), {}) or {}
 
 
 def _find_sampled(settings: Settings) -> tuple[Path, targets_at.Target]:
@@ -193,6 +198,7 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
     if settings.ticket:
         path = Path(settings.ticket).expanduser()
         ticket = Ticket.load(path)
+        _require_unsaid(path, ticket, settings)
         return path, ticket, targets_at.load_for(ticket, settings)
     if settings.construction.value == "sampled":
         raise LtxError("construction=sampled: no ticket is built, which this command is about; use L+1 or 2L")
@@ -204,6 +210,21 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
         why = why + "target.checkpoint, or seed it)" if drawn else ""
         raise LtxError(f"no ticket at {path}; make it with ltx construct and the same settings{why}")
     return path, Ticket.load(path), target
+
+
+def _require_unsaid(path: Path, ticket: Ticket, settings: Settings) -> None:
+    """Refuse settings of how a ticket was made, where a file is named whose ticket was made otherwise."""
+    said = {
+        "construction": settings.construction.value, "m": settings.m, "epsilon": settings.epsilon,
+        "selection": settings.selection.value, "law": settings.law.value, "seed": settings.seed,
+        "activation": settings.activation.value,
+    }  # fmt: skip
+    usual = Settings()
+    for name, value in said.items():
+        default = getattr(usual, name)
+        its = getattr(ticket, "base_set_size" if name == "m" else name)
+        if value not in (its, getattr(default, "value", default)):
+            raise LtxError(f"{name}={value} has no meaning for ticket {path}, which has {its}; leave it out")
 
 
 def require_valid(path: Path, ticket: Ticket, target: targets_at.Target | None) -> Verification:

@@ -1,10 +1,11 @@
-"""`ltx page`: one HTML page of all tables and figures below output_dir."""
+"""`ltx page`: one HTML page of the tables and figures below output_dir."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -104,17 +105,30 @@ def _statistics(folder: Path) -> Iterator[Entry]:
         return
     try:
         found = pd.read_csv(path)
+        if missing := {*_STATISTICS, "constant_interval_high"} - set(found):
+            raise ValueError(f"has no column {min(missing)}")
     except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
         log.warning("%s: left out, %s", path, error)
         return
     named = {name: title for name, (title, _) in _STATISTICS.items()}
     shown = found.filter(list(named)).rename(columns=named)
     table = _table(shown, dict(_STATISTICS.values()))
+    at = table.columns.index("C")
+    bounded = zip(table.rows, found.to_dict("records"), strict=True)
+    table = replace(table, rows=[[*row[:at], _constant(run, row[at]), *row[at + 1 :]] for row, run in bounded])
     note = (
         "C = m / log(1 / min(epsilon, share without a subset)); sizes are those of problems with a subset; where theta "
         "is not said, targets are random."
     )
     yield _entry(folder, path, "Statistics of random subset-sum problems", table=table, note=note)
+
+
+def _constant(run: Mapping, shown: str) -> str:
+    """C as `ltx subset-sum` says it: a bound where more problems than epsilon have no subset, or none is without."""
+    most = run["constant_interval_high"]
+    if pd.isna(run["constant"]):
+        return shown if pd.isna(most) else f"< {most:.2f}"
+    return shown if run["failure_share"] <= run["epsilon"] else f"> {shown}"
 
 
 def _table(found: pd.DataFrame, formats: Mapping[str, str]) -> Table:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
 from ltx import data, paths, targets, training
@@ -16,10 +17,11 @@ from ltx.config import Settings, TargetSettings
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import outputs
 from ltx.graph import Graph, trace
-from ltx.help import override
+from ltx.help import SETTINGS, override
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
+_TRAINED_WITH = {"data", "data.root"} | {key for key, *_, commands in SETTINGS if "train-target" in commands}
 GIVE_IT = "give it with target.checkpoint=FILE, one of your own with target.module=PACKAGE.MODULE:FACTORY as well"
 
 
@@ -112,7 +114,7 @@ def training_of(path: Path) -> str | None:
 def _require_same(settings: Settings, path: Path) -> None:
     different = _differences(settings, _account(path))
     if different:
-        raise LtxError(
+        raise CheckpointError(
             f"{path} was trained with other settings ({'; '.join(different.values())}); "
             "choose another output_dir, or train again with force=true"
         )
@@ -168,7 +170,18 @@ def _command(settings: Settings) -> str:
         said["target.seed"] = str(settings.target.seed)
     if settings.output_dir != Settings.output_dir:
         said["output_dir"] = settings.output_dir
-    return " ".join(["ltx train-target", *(_for_a_shell(override(*pair)) for pair in said.items())])
+    if not settings.use_reference:
+        said["use_reference"] = "false"
+    more = [given for key, given in _given_of_training().items() if key not in said]
+    return " ".join(["ltx train-target", *map(_for_a_shell, [*(override(*pair) for pair in said.items()), *more])])
+
+
+def _given_of_training() -> dict[str, str]:
+    """Key -> override of training, as the command that is running was given it; nothing outside of one."""
+    if not HydraConfig.initialized():
+        return {}
+    found = {given.split("=", 1)[0].lstrip("+"): given for given in HydraConfig.get().overrides.task if "=" in given}
+    return {key: given for key, given in found.items() if key in _TRAINED_WITH}
 
 
 def _for_a_shell(argument: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ltx.checks import outside
 from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError, LtxError
 from ltx.graph import Graph, fold_batch_norm, trace
@@ -76,6 +77,10 @@ def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration:
     check = Approximation(ticket, target)
     violations = list(check.run())
     if calibration is None or not ticket.feedback or violations:
+        return Verification(tuple(violations), check.compared, check.worst)
+    if calibration.numel() and (reach := outside(calibration, ticket.input_low, ticket.input_high)) is not None:
+        made = f"[{ticket.input_low:g}, {ticket.input_high:g}]"
+        violations = [f"inputs: made for {made}, the calibration images lie in {reach}"]
         return Verification(tuple(violations), check.compared, check.worst)
     rows = Rows(ticket, target, calibration)
     violations = tuple(rows.run())
