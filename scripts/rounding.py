@@ -2,7 +2,7 @@
 
     LTX_DATA=... python scripts/rounding.py sigmoid
 
-m = 15, epsilon = 0.01, seed 0, the first 500 test images of MNIST, 128 of CIFAR-10; heads as in Tables 1 to 4.
+m = 15, epsilon = 0.01, seed 0, the first 500 test images of MNIST, 32 of CIFAR-10; heads as in Tables 1 to 4.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import ltx
 from ltx import paths, targets
 
-NETWORKS = (("mnist", "mnist_cnn", "mnist", "keep", 500), ("resnet22", "resnet22", "cifar10", "construct", 128))
+NETWORKS = (("mnist", "mnist_cnn", "mnist", "keep", 500), ("resnet22", "resnet22", "cifar10", "construct", 32))
 
 
 def main(activation: str) -> None:

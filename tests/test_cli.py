@@ -315,6 +315,9 @@ def test_every_experiment_composes(ltx):
         status, out, err = ltx("construct", f"experiment={path.stem}", "--cfg", "job")
         assert status == 0, err
         assert "network:" in out
+        assert "is a sweep, of which this is one run: add --multirun for all" in err
+        for flags in (["construct", "--multirun"], ["tables"]):
+            assert "is a sweep" not in ltx(*flags, f"experiment={path.stem}", "--cfg", "job")[2]
 
 
 def test_environment_is_left_as_it_was(ltx):
