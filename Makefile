@@ -82,4 +82,4 @@ resnet-tables: setup  ## Tables 3 and 4, on CIFAR-10: sampled as in the paper, e
 	$(LTX) tables target=resnet22 protocol=$(PROTOCOL) limit=2000
 
 clean:  ## remove the virtual environments and what runs wrote, except the kept results
-	rm -rf $(VENV) .venv-lowest outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps outputs/subset_sum outputs/figures outputs/bench outputs/index.html
+	rm -rf $(VENV) .venv-lowest outputs/demo outputs/targets outputs/tickets outputs/tables outputs/sweeps outputs/subset_sum outputs/figures outputs/bench outputs/bounds outputs/index.html

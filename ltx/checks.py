@@ -34,7 +34,12 @@ def real(name: str, value: object, error: type[LtxError] = LtxError) -> float:
 
 
 def outside(images: Tensor, low: float, high: float) -> str | None:
-    """Where elements of images reach beyond [low, high], by more than float32 rounds; None where they do not."""
+    """Where elements of images reach beyond [low, high], by more than float32 rounds; None where they do not.
+
+    Images that are none, without elements or of other numbers, are for others to refuse.
+    """
+    if not (images.numel() and images.is_floating_point()):
+        return None
     least, most = (float(end) for end in images.detach().aminmax())
     slack = 1e-6 * max(1.0, abs(low), abs(high))
     return None if low - slack <= least and most <= high + slack else f"[{least:g}, {most:g}]"

@@ -102,7 +102,8 @@ def run(arguments: list[str]) -> int:
     if command in PLAIN and (unused := _unused(command, overrides)):
         return _fail(f"ltx {command} has no setting '{unused}' (ltx {command} --help lists those that it has)")
     sweep = next((o for o in overrides if o.lstrip("+").startswith("experiment=") and o != "experiment=null"), None)
-    if sweep and command != "tables" and not {"--multirun", "-m"}.intersection(overrides):
+    all_of_it = {"--multirun", "-m", "hydra.mode=MULTIRUN"}
+    if sweep and command != "tables" and not all_of_it.intersection(overrides):
         print(f"ltx: {sweep} is a sweep, of which this is one run: add --multirun for all", file=sys.stderr, flush=True)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         # waiting threads spin briefly, then sleep: by GNU OpenMP's default they spin for milliseconds, and

@@ -91,11 +91,13 @@ def read_result(path: Path, about: Mapping[str, object]) -> dict | None:
     """The JSON object at `path` where it says all of `about`; None where there is none, a damaged or another one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise TypeError(f"a {type(result).__name__}")
         return result if all(result[key] == value for key, value in about.items()) else None
     except OSError:
         return None
     except (ValueError, KeyError, TypeError):
-        log.info("%s is damaged or of an earlier ltx: made again", path)
+        log.info("%s is damaged, or of an earlier ltx", path)
         return None
 
 

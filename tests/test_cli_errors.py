@@ -106,17 +106,29 @@ def test_a_file_and_settings_of_another_ticket(ltx, tmp_path):
         status, out, err = ltx("verify", file, other)
         assert (status, out) == (1, "")
         assert f"{other} has no meaning for ticket {file}, which has {its[other]}; leave it out" in one_line(err)
-    for same in ("epsilon=0.02", "m=15", "construction=L+1", "limit=5"):
+    its = {"scaling=layer_max": "unit", "head=construct": "keep", "batch_norm=fold": "keep", "pair.kernel=3": "1",
+           "pair.stride=first": "second"}  # fmt: skip
+    for other in its:
+        assert f"{other} has no meaning for ticket" in one_line(ltx("verify", file, other)[2])
+    for same in ("epsilon=0.02", "m=15", "construction=L+1", "limit=5", "pair.kernel=1", "scaling=unit"):
         assert ltx("verify", file, same)[0] == 0
+    # also where it is the usual value, of which the ticket has another
+    assert "epsilon=0.01 has no meaning for ticket" in one_line(ltx("verify", file, "epsilon=0.01")[2])
+    alone = tmp_path / "alone.safetensors"  # does not say all of it
+    alone.write_bytes(Path(file).read_bytes())
+    assert ltx("verify", str(alone), "head=construct")[0] == 0
 
 
 def test_the_command_that_trains_a_missing_target_is_the_one_that_helps(ltx, tmp_path):
     """Also where it is sought in a folder of its own, of a seed and with settings of training of its own."""
     where = tmp_path / "outputs in ü, b(c), 'd'"
     given = ("construct", "target=digits", "protocol=smoke", "target.seed=3", override("output_dir", where), "m=14",
-             "target.density=0.3", "protocol.epochs=2", "target.bound=null", "use_reference=false")  # fmt: skip
+             "target.density=0.3", "protocol.epochs=2", "target.bound=null", "use_reference=false",
+             "force=true")  # fmt: skip
     _, _, err = ltx(*given)
     assert "m=14" not in err
+    assert "force" not in err
+    assert err.count("target.seed=3") == 1
     advised = shlex.split(one_line(err).split("train it with: ltx ")[1])
     status, _, _ = ltx(*advised)
     assert status == 0

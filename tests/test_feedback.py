@@ -311,6 +311,12 @@ def test_calibration_images_beyond_the_range_of_inputs():
     for wrong in ((0.0, high), (low, high / 2)):
         with pytest.raises(ConstructionError, match=r"the calibration images lie in \[-.*\]; give the range of all"):
             construct(model, input_range=wrong, **how)
+    for wrong in ((low, high - 1e-4), (low + 1e-4, high)):
+        with pytest.raises(ConstructionError, match="the calibration images lie in"):
+            construct(model, input_range=wrong, **how)
+    for empty in (torch.zeros(2, 0, 6, 6), torch.zeros(2, 1, 0, 6)):
+        with pytest.raises(ConstructionError, match="do not fit the network"):
+            construct(model, input_range=(low, high), **how | {"calibration": empty})
     ticket = construct(model, input_range=(low + 1e-8, high - 1e-8), **how)  # as far as float32 rounds
     assert verify(ticket, model, seen).ok
     wrong = verify(ticket, model, 2 * seen)

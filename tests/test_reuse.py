@@ -111,20 +111,49 @@ def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_pat
     ticket = last_line(out)
     before, account = ticket.read_bytes(), ticket.with_name("construction.json")
     account.unlink()
-    status, _, err = ltx("eval", *given, "limit=20")
+    status, out, err = ltx("eval", *given, "limit=20")
     assert status == 0
-    assert "construction.json is not beside it; the result says less of it" in err
-    for damage in (lambda: None, lambda: account.write_text("{}"), lambda: account.write_text("{")):
-        damage()
+    result = last_line(out)
+    assert "construction.json is not beside it; the result says less" in err
+    said = json.loads(result.read_text())
+    assert (said["scaling"], said["construction_seconds"]) == (None, None)
+    how: dict = {}
+    for text in (None, "{}", "{", "[1]", "scaling", "target_sha256"):
+        if text in how:  # what another ticket would say
+            account.write_text(json.dumps(how | {text: "another"}))
+        elif text is not None:
+            account.write_text(text)
         status, _, err = ltx("construct", *given)
+        how = json.loads(account.read_text())
         assert (status, "construction.json is not beside it; constructing it again" in err) == (0, True)
         assert ticket.read_bytes() == before
     assert "there already" in ltx("construct", *given)[2]
     status, out, err = ltx("eval", *given, "limit=20")  # of a result that did not say how the ticket was made
     assert (status, "there already" in err) == (0, False)
     assert json.loads(last_line(out).read_text())["scaling"] == "unit"
+    account.unlink()  # which does not make the result worse
     assert "there already" in ltx("eval", *given, "limit=20")[2]
-    assert ltx("tables", *given, "limit=20")[0] == 0
+    status, out, _ = ltx("tables", *given, "limit=20")
+    assert status == 0
+    assert "20 test images" in " ".join(out.split())  # in the note
+
+
+def test_sampled_errors_and_what_stands_beside_them(outputs, ltx, tmp_path):
+    given = (*SMOKE, f"target.checkpoint={outputs / 'targets/digits-relu-smoke-seed0/target.safetensors'}")
+    _, out, _ = ltx("construct", *given, "construction=sampled")
+    drawn = last_line(out)
+    account = drawn.with_name("construction.json")
+    assert json.loads(account.read_text())["settings"]["construction"] == "sampled"
+    assert "there already" in ltx("construct", *given, "construction=sampled")[2]
+    account.unlink()
+    assert "there already" not in ltx("construct", *given, "construction=sampled")[2]
+    assert account.is_file()
+    assert ltx("eval", *given, "construction=sampled")[0] == 0
+    status, out, _ = ltx("tables", *given)
+    assert status == 0
+    assert "| sampled " in out
+    assert "Sampled: no ticket is built" in " ".join(out.split())
+    assert ltx("tables", *given, "law=normal")[0] == 1
 
 
 def test_a_ticket_is_written_last(outputs, ltx, tmp_path, monkeypatch):

@@ -137,7 +137,10 @@ def test_the_papers_values_stand_beside_feedback_of_any_m():
     frame = pd.read_csv(io.StringIO(tables.accuracy_table(mine).csv)).set_index(["activation", "construction"])
     assert frame.paper_target.notna().all()
     assert frame.paper_ticket.notna().sum() == 2
-    assert "paper" not in tables.accuracy_table(mine.assign(epsilon=0.1)).csv
+    for only in (mine, mine[mine.selection == "feedback"]):
+        assert "paper" in tables.accuracy_table(only).csv
+        for other in ({"epsilon": 0.1}, {"law": "normal"}):
+            assert "paper" not in tables.accuracy_table(only.assign(**other)).csv
 
 
 def test_a_csv_file_says_what_its_rows_were_made_with():
@@ -395,6 +398,7 @@ SAMPLED = {key: ENTRY[key] for key in ("seed", "base_set_size", "epsilon", "sele
         (SAMPLED, True, False, True),
         (SAMPLED | {"head": "construct"}, False, False, False),
         (SAMPLED | {"base_set_size": 12}, False, False, True),
+        (SAMPLED | {"law": "uniform", "scaling": "unit", "batch_norm": "keep"}, True, False, True),
         ([ENTRY], False, False, False),
     ],
 )
@@ -407,3 +411,11 @@ def test_which_results_are_in_a_table(entry, smallest, best, any_sums, tmp_path)
         assert found == [entry] * expected
         found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests, any_sums=True)
         assert found == [entry] * any_sums
+
+
+@pytest.mark.parametrize("other", ["law=normal", "scaling=layer_max", "batch_norm=fold", "pair.kernel=3"])
+def test_sampled_errors_are_in_no_table_of_another_source(other, tmp_path):
+    file, digests = tmp_path / "result.json", {"a": {}}
+    file.write_text(json.dumps(SAMPLED))
+    assert task._entries([file], settings("target=mnist"), digests) == [SAMPLED]
+    assert task._entries([file], settings("target=mnist", other), digests) == []

@@ -309,10 +309,14 @@ def test_the_command_shows_what_is_guaranteed_beside_what_was_used(construction,
                                                  output_dir=tmp_path)  # fmt: skip
     assert (again[0], again[1], file.stat().st_mtime_ns) == (0, out, before)
     assert "there already" in again[2]
-    file.with_suffix(".md").unlink()
-    again = ltx("bounds", *given, f"construction={construction}", "bounds.error=1", output_dir=tmp_path)
-    assert again[:2] == (0, out)
-    assert "there already" not in again[2]
+    same = ("bounds", *given, f"construction={construction}", "bounds.error=1")
+    other = file.with_suffix(".json")
+    for damage in (file.with_suffix(".md").unlink, file.unlink, lambda: other.write_text('{"target_sha256": "a"}')):
+        damage()
+        again = ltx(*same, output_dir=tmp_path)
+        assert again[:2] == (0, out)
+        assert "there already" not in again[2]
+    assert "there already" not in ltx(*same, "force=true", output_dir=tmp_path)[2]
 
 
 def test_the_command_gives_back_what_it_guarantees(ltx, tmp_path):

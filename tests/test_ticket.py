@@ -235,5 +235,6 @@ def test_the_documented_format_names_everything(ticket, described, tmp_path):
     parts = {name.rpartition(".")[2] for name in tensors if not name.startswith("given.")}
     keys = {key for layer in json.loads(metadata["layers"]) for key in layer}
     operations = {"input", "layer", "given", "batch_norm", "activation", "output", *OPERATIONS}
+    keys |= {key for node in json.loads(metadata["graph"]) for key in node}
     said = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", page)}
     assert (parts | set(metadata) | keys | operations) - said == set()

@@ -29,6 +29,22 @@ def first_batch(split, protocol, seed):
     return training._batch(split, protocol, *next(training._draws(split, protocol, seed=seed)))
 
 
+def test_a_seed_of_the_initialisation_leaves_the_generator_alone():
+    how = {"shape": (1, 8, 8), "classes": 10}
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    one, same, other = (build("mnist_cnn", "relu", seed=seed, **how).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["0.weight"], other["0.weight"])
+    drawn = build("mnist_cnn", "relu", **how).state_dict()
+    assert torch.equal(drawn["0.weight"], build("mnist_cnn", "relu", seed=7, **how).state_dict()["0.weight"])
+    assert not torch.equal(torch.get_rng_state(), before)
+    for seed in (-1, 2**64, 1.5, "a"):
+        with pytest.raises(LtxError, match="seed"):
+            build("mnist_cnn", "relu", seed=seed, **how)
+
+
 class Stop(Exception):
     pass
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ltx.activations import activation as activation_named
+from ltx.checks import seed_of
 from ltx.defaults import usual_defaults
 from ltx.errors import LtxError
 from ltx.targets.checkpoints import Checkpoint, load_into, pack, read_checkpoint, save_target
@@ -29,13 +30,13 @@ def build(
         seed: of the initialisation, which leaves PyTorch's generator as it is; None: that generator goes on.
 
     Raises:
-        LtxError: `network` or `activation` is not registered.
+        LtxError: `network` or `activation` is not registered; a seed that is none.
     """
     if network not in NETWORKS:
         raise LtxError(f"network '{network}' is not known; there are {', '.join(NETWORKS)}")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed_of(seed))
         return NETWORKS[network](activation_named(activation), shape=shape, classes=classes)
 
 

@@ -25,7 +25,7 @@ from ltx.graph import run as run_graph
 from ltx.report import certificate as report
 from ltx.report.figures import save
 from ltx.tasks import provenance, targets_at
-from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, made_with, require_valid, some_images
+from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, made_with, require_valid, scaling_of, some_images
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def run(settings: Settings) -> Path:
     about = {
         "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,
         "data": target.data, "limit": settings.limit,
-        "starts": settings.certify.starts, "steps": settings.certify.steps,
+        "starts": settings.certify.starts, "steps": settings.certify.steps, **scaling_of(made_with(path)),
     }  # fmt: skip
     there = None if settings.force else read_result(written, about)
     if there is not None:
@@ -139,7 +139,7 @@ def _theorem(path: Path, ticket: Ticket, graph: Graph) -> float | None:
     """What the theorem's argument gives for parameters within epsilon of a uniform source; None for other tickets."""
     if ticket.feedback or ticket.law != "uniform":
         return None
-    scaling = made_with(path).get("scaling") or "layer_max"
+    scaling = scaling_of(made_with(path)).get("scaling", "layer_max")
     epsilons, sizes = (
         dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
     )  # fmt: skip

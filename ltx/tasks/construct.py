@@ -114,7 +114,7 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
         path.with_name("construction.json"),
         {
             "target": str(target.path), "target_sha256": target.digest, "seconds": time.perf_counter() - begin,
-            "parameters": found.parameters, "target_parameters": found.target_parameters,
+            "parameters": found.parameters, "target_parameters": found.target_parameters, **settings.built,
             "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip
@@ -140,14 +140,14 @@ def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
     """Whether a whole ticket of that target and these settings lies there; the file does not say all of them."""
     if not path.is_file():
         return False
+    how = {"target_sha256": target.digest, "scaling": settings.scaling.value}
+    if read_result(path.with_name("construction.json"), how) is None:
+        log.info("%s: its construction.json is not beside it; constructing it again", path)
+        return False
     try:
         if path.name == "sampled.safetensors":
             return read_checkpoint(path).metadata.get("target_sha256") == target.digest
         ticket = Ticket.load(path)
-        how = {"target_sha256": target.digest, "scaling": settings.scaling.value}
-        if read_result(path.with_name("construction.json"), how) is None:
-            log.info("%s: its construction.json is not beside it; constructing it again", path)
-            return False
         wanted = {
             "target_sha256": target.digest, "input_low": target.input_range[0], "input_high": target.input_range[1],
             "construction": settings.construction.value, "base_set_size": settings.m, "epsilon": settings.epsilon,

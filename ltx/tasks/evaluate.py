@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import compare, outputs
 from ltx.files import read_result, require_writable, write_json
 from ltx.graph import fold_batch_norm
-from ltx.tasks import provenance, targets_at
+from ltx.tasks import given, provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
 from ltx.ticket import Ticket
 from ltx.verification import Verification, verify
@@ -57,8 +57,9 @@ def run(settings: Settings) -> Path:
     else:
         path, ticket, known = find_ticket(settings)
         target = targets_at.require_comparable(path, ticket, known)
-        candidate = partial(_explicit, path, ticket, target, device)
-        made = {"scaling": made_with(path).get("scaling")}  # which the ticket does not say
+        how = made_with(path)
+        candidate = partial(_explicit, path, ticket, target, how, device)
+        made = scaling_of(how)
     result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data, **made}):
@@ -100,11 +101,10 @@ def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, dige
     return result_path
 
 
-def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str) -> _Candidate:
+def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, how: dict, device: str) -> _Candidate:
     verification = require_valid(path, ticket, target)
-    how = made_with(path)
     if not how:
-        log.info("%s: construction.json is not beside it; the result says less of it, and tables leave it out", path)
+        log.info("%s: its construction.json is not beside it; the result says less, and tables leave it out", path)
     constructed = {layer.target for layer in ticket.layers}
     operations = {node.op for node in ticket.graph}
     folded = target.graph.normalised and "batch_norm" not in operations
@@ -133,6 +133,11 @@ def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, device: str
 def made_with(path: Path) -> dict:
     """What stands beside a ticket of how it was made; nothing where it is not there."""
     return read_result(path.with_name("construction.json"), {}) or {}
+
+
+def scaling_of(how: Mapping) -> dict:
+    """What a ticket does not say of itself and its results do, where `made_with` knows it."""
+    return {key: how[key] for key in ("scaling",) if key in how}
 
 
 def _find_sampled(settings: Settings) -> tuple[Path, targets_at.Target]:
@@ -198,7 +203,7 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
     if settings.ticket:
         path = Path(settings.ticket).expanduser()
         ticket = Ticket.load(path)
-        _require_unsaid(path, ticket, settings)
+        _require_its_own(path, ticket, settings)
         return path, ticket, targets_at.load_for(ticket, settings)
     if settings.construction.value == "sampled":
         raise LtxError("construction=sampled: no ticket is built, which this command is about; use L+1 or 2L")
@@ -212,19 +217,22 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
     return path, Ticket.load(path), target
 
 
-def _require_unsaid(path: Path, ticket: Ticket, settings: Settings) -> None:
-    """Refuse settings of how a ticket was made, where a file is named whose ticket was made otherwise."""
-    said = {
-        "construction": settings.construction.value, "m": settings.m, "epsilon": settings.epsilon,
-        "selection": settings.selection.value, "law": settings.law.value, "seed": settings.seed,
-        "activation": settings.activation.value,
-    }  # fmt: skip
-    usual = Settings()
-    for name, value in said.items():
-        default = getattr(usual, name)
-        its = getattr(ticket, "base_set_size" if name == "m" else name)
-        if value not in (its, getattr(default, "value", default)):
-            raise LtxError(f"{name}={value} has no meaning for ticket {path}, which has {its}; leave it out")
+def _require_its_own(path: Path, ticket: Ticket, settings: Settings) -> None:
+    """Refuse settings that say of a named file's ticket what it is not."""
+    now = {"construction": settings.construction.value, "m": settings.m, "epsilon": settings.epsilon,
+           "selection": settings.selection.value, "seed": settings.seed, "activation": settings.activation.value,
+           **_flat(settings.built)}  # fmt: skip
+    its = {**_flat(made_with(path)), "construction": ticket.construction, "m": ticket.base_set_size,
+           "epsilon": ticket.epsilon, "selection": ticket.selection, "seed": ticket.seed, "law": ticket.law,
+           "activation": ticket.activation}  # fmt: skip
+    for key in given.overrides():
+        if key in now and its.get(key, now[key]) != now[key]:
+            raise LtxError(f"{key}={now[key]} has no meaning for ticket {path}, which has {its[key]}; leave it out")
+
+
+def _flat(built: dict) -> dict:
+    """`Settings.built`, or what construction.json holds of it, by the names of settings."""
+    return {key.replace("pair_", "pair."): value for key, value in built.items()}
 
 
 def require_valid(path: Path, ticket: Ticket, target: targets_at.Target | None) -> Verification:

@@ -41,7 +41,8 @@ def run(settings: Settings) -> Path:
     """Write the page; its path. Every call makes it anew."""
     folder = Path(settings.output_dir)
     sections = [
-        Section("Tables", [*_markdown(folder, "tables/*.md"), *_markdown(folder, "gpu/*.md")]),
+        Section("Tables", [*_markdown(folder, "tables/*.md")]),
+        Section("Tables of a GPU", [*_markdown(folder, "gpu/*.md")]),
         Section("Figures", [*_figures(folder, ("tables/*.svg", "figures/*/*.svg", "scaling/*.svg", "feedback/*.svg"))]),
         Section("Random problems", [*_statistics(folder)]),
         Section("Speed", [*_markdown(folder, "bench/*/bench.md")]),

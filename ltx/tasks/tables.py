@@ -122,6 +122,7 @@ def _entries(
     epsilon = {} if any_sums else {"epsilon": settings.epsilon}
     sums = {} if any_sums else {"base_set_size": settings.m, "selection": settings.selection.value}
     usual = {"pair_kernel": 1, "pair_stride": "second", "law": "uniform"}  # of results that do not say
+    plain = usual | {"scaling": "unit", "batch_norm": "keep"}  # of sampled errors
     found = []
     for path in sorted(files):
         entry = _read(path, ("seed", "base_set_size", "epsilon", *numbers))
@@ -130,14 +131,15 @@ def _entries(
             continue
         if any(entry.get(key, value) != value for key, value in meant.items()):  # of an earlier ltx not all say it
             continue
-        needs = epsilon | (settings.built if entry.get("kind") == "explicit" else {"head": settings.head.value})
+        needs = epsilon | settings.built
         if entry.get("selection") != "feedback":
             needs |= sums
         elif settings.selection.value == "best" and not any_sums:
             continue
         else:
             needs.pop("scaling")  # rows name it
-        if any(entry.get(key, usual.get(key)) != value for key, value in needs.items()):
+        unsaid = usual if entry.get("kind") == "explicit" else plain
+        if any(entry.get(key, unsaid.get(key)) != value for key, value in needs.items()):
             continue
         if _stale(path, entry):
             log.info("%s: left out, the ticket beside it is another one; run ltx eval again", path)

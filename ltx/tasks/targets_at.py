@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
 from ltx import data, paths, targets, training
@@ -18,10 +17,11 @@ from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import outputs
 from ltx.graph import Graph, trace
 from ltx.help import SETTINGS, override
+from ltx.tasks import given
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
-_TRAINED_WITH = {"data", "data.root"} | {key for key, *_, commands in SETTINGS if "train-target" in commands}
+_TRAINED_WITH = {"data"} | {key for key, *_, commands in SETTINGS if "train-target" in commands} - {"force"}
 GIVE_IT = "give it with target.checkpoint=FILE, one of your own with target.module=PACKAGE.MODULE:FACTORY as well"
 
 
@@ -172,16 +172,8 @@ def _command(settings: Settings) -> str:
         said["output_dir"] = settings.output_dir
     if not settings.use_reference:
         said["use_reference"] = "false"
-    more = [given for key, given in _given_of_training().items() if key not in said]
+    more = [text for key, text in given.overrides().items() if key in _TRAINED_WITH.difference(said)]
     return " ".join(["ltx train-target", *map(_for_a_shell, [*(override(*pair) for pair in said.items()), *more])])
-
-
-def _given_of_training() -> dict[str, str]:
-    """Key -> override of training, as the command that is running was given it; nothing outside of one."""
-    if not HydraConfig.initialized():
-        return {}
-    found = {given.split("=", 1)[0].lstrip("+"): given for given in HydraConfig.get().overrides.task if "=" in given}
-    return {key: given for key, given in found.items() if key in _TRAINED_WITH}
 
 
 def _for_a_shell(argument: str) -> str:

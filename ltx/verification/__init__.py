@@ -78,7 +78,7 @@ def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration:
     violations = list(check.run())
     if calibration is None or not ticket.feedback or violations:
         return Verification(tuple(violations), check.compared, check.worst)
-    if calibration.numel() and (reach := outside(calibration, ticket.input_low, ticket.input_high)) is not None:
+    if (reach := outside(calibration, ticket.input_low, ticket.input_high)) is not None:
         made = f"[{ticket.input_low:g}, {ticket.input_high:g}]"
         violations = [f"inputs: made for {made}, the calibration images lie in {reach}"]
         return Verification(tuple(violations), check.compared, check.worst)
