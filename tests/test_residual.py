@@ -272,6 +272,7 @@ def test_sampled_errors_of_pruned_parameters(pruned):
     if pruned:
         for module in (model[0], model[2]):
             prune.l1_unstructured(module, "weight", 0.5)
+        prune.random_unstructured(model[0], "bias", 1)
     graph, found = trace(model), sampled(model, seed=1, input_range=(0.0, 1.0))
     before = model(x)
     model.load_state_dict(found.state)
@@ -280,6 +281,8 @@ def test_sampled_errors_of_pruned_parameters(pruned):
         other = changed.layers[name].weight
         assert ((other != 0) == above(layer.weight, 0.01)).all()
         assert 0 < (other - layer.weight).abs().max() <= 0.01 + 1e-6
+        assert ((changed.layers[name].bias != 0) == above(layer.bias, 0.01)).all()
+        assert 0 < (changed.layers[name].bias - layer.bias).abs().max() <= 0.01 + 1e-6
     assert not torch.equal(model(x), before)
 
 

@@ -138,6 +138,13 @@ def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_pat
     assert "20 test images" in " ".join(out.split())  # in the note
 
 
+def test_tables_say_which_target_is_not_the_one_of_the_settings(outputs, ltx):
+    status, _, err = ltx("tables", *SMOKE, "target.density=0.5", f"output_dir={outputs}")
+    assert status == 1
+    assert "was trained with other settings (density 0.1, now 0.5)" in err
+    assert "its results are left out" in err
+
+
 def test_sampled_errors_and_what_stands_beside_them(outputs, ltx, tmp_path):
     given = (*SMOKE, f"target.checkpoint={outputs / 'targets/digits-relu-smoke-seed0/target.safetensors'}")
     _, out, _ = ltx("construct", *given, "construction=sampled")
