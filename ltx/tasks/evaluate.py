@@ -137,7 +137,7 @@ def made_with(path: Path) -> dict:
 
 def scaling_of(how: Mapping) -> dict:
     """What a ticket does not say of itself and its results do, where `made_with` knows it."""
-    return {key: how[key] for key in ("scaling",) if key in how}
+    return {"scaling": how["scaling"]} if "scaling" in how else {}
 
 
 def _find_sampled(settings: Settings) -> tuple[Path, targets_at.Target]:
