@@ -256,6 +256,14 @@ class Settings:
             "batch_norm": self.batch_norm.value, "pair_kernel": self.pair.kernel, "pair_stride": self.pair.stride.value,
         }  # fmt: skip
 
+    @property
+    def made(self) -> dict[str, str | int | float]:
+        """How a ticket is made, as `ltx.construct` takes it and results have it; tickets say the most of it."""
+        return {
+            "construction": self.construction.value, "base_set_size": self.m, "epsilon": self.epsilon,
+            "selection": self.selection.value, "seed": self.seed, **self.built,
+        }  # fmt: skip
+
     def require_solvable(self) -> None:
         """LtxError where m is beyond what the solver takes; the theorems' formulas (`ltx bounds`) take any."""
         _require(

@@ -1,25 +1,21 @@
 """Residual networks: slots that skips join, dead slots, batch norm kept and folded, projections, sampled errors."""
 
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from conftest import deviation, images, small_cnn, small_resnet
+from conftest import deviation, images, small_resnet
 from torch import nn
-from torch.nn.utils import parametrize, prune
 
 from ltx import LtxError, construct, verify
 from ltx.activations import ACTIVATIONS
 from ltx.constructions import Statistics
-from ltx.constructions.sampled import PROBLEMS, sampled
+from ltx.constructions.sampled import sampled
 from ltx.deviation import sampled_deviations, ticket_deviations
-from ltx.errors import ConstructionError
 from ltx.graph import above, fold_batch_norm, run, trace
 from ltx.network import TicketNetwork
-from ltx.subset_sum import sample
 from ltx.ticket import CONSTANT, DEAD
 
 everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid"])
@@ -263,96 +259,6 @@ def test_projections_are_told_from_other_layers():
         "blocks.2.shortcut.0",
         "blocks.4.shortcut.0",
     ]
-
-
-@pytest.mark.parametrize("pruned", [False, True])
-def test_sampled_errors_of_pruned_parameters(pruned):
-    """As torch.nn.utils.prune has them, product of `weight_orig` and `weight_mask`: what is pruned stays so."""
-    model, x = small_cnn("relu"), images(4, 6)
-    if pruned:
-        for module in (model[0], model[2]):
-            prune.l1_unstructured(module, "weight", 0.5)
-        prune.random_unstructured(model[0], "bias", 1)
-    graph, found = trace(model), sampled(model, seed=1, input_range=(0.0, 1.0))
-    before = model(x)
-    model.load_state_dict(found.state)
-    changed = trace(model)
-    for name, layer in graph.layers.items():
-        other = changed.layers[name].weight
-        assert ((other != 0) == above(layer.weight, 0.01)).all()
-        assert 0 < (other - layer.weight).abs().max() <= 0.01 + 1e-6
-        assert ((changed.layers[name].bias != 0) == above(layer.bias, 0.01)).all()
-        assert 0 < (changed.layers[name].bias - layer.bias).abs().max() <= 0.01 + 1e-6
-    assert not torch.equal(model(x), before)
-
-
-def test_sampled_errors_of_a_parametrization():
-    model = small_cnn("relu")
-    parametrize.register_parametrization(model[2], "weight", nn.Identity())
-    with pytest.raises(ConstructionError, match=r"layer 2: its weight is not .* of the model.s state; take"):
-        sampled(model)
-
-
-def test_sampled_errors_have_the_moments_of_the_statistics():
-    model = small_resnet(width=16, density=0.5)
-    found = sampled(model, base_set_size=15, epsilon=0.01, seed=3)
-    again, other = sampled(model, seed=3), sampled(model, seed=4)
-    assert all(torch.equal(found.state[n], again.state[n]) for n in found.state)
-    assert not torch.equal(found.state["conv.weight"], other.state["conv.weight"])
-    errors = []
-    for name, layer in trace(model).layers.items():
-        changed = found.state[f"{name}.weight"]
-        big = above(layer.weight, 0.01)
-        if "shortcut" in name:
-            assert torch.equal(changed, model.state_dict()[f"{name}.weight"])
-            continue
-        assert (changed[~big] == 0).all()  # what is at most epsilon is dropped
-        if name != "conv":
-            errors.append((changed - layer.weight)[big])
-    error = torch.cat(errors).double()
-    drawn = sample("uniform", 15, 0.01, problems=PROBLEMS)
-    expected = drawn.error[drawn.solved]
-    n = len(error)
-    assert error.abs().max() <= 0.01 + 1e-6
-    assert abs(float(error.mean())) < 4 * expected.std() / n**0.5 + 4 * expected.mean() / n**0.5
-    assert abs(float(error.abs().mean()) - expected.mean()) < 4 * expected.std() / n**0.5
-    size = drawn.size[drawn.solved].mean()
-    assert found.parameters == pytest.approx(15 * size * found.target_parameters, rel=0.03)
-    kept = sampled(model, seed=3, head="keep")
-    (head,) = trace(model).head
-    assert torch.equal(kept.state[f"{head}.weight"], model.state_dict()[f"{head}.weight"])
-    assert torch.equal(kept.state["conv.weight"], found.state["conv.weight"])
-    given = trace(model).layers[head].parameters_above(0.01)
-    assert given > 0
-    assert kept.target_parameters == found.target_parameters - given
-    with pytest.raises(ConstructionError, match="head 'kept' is not known"):
-        sampled(model, head="kept")
-    for seed in (-1, 2**64, 0.5):
-        with pytest.raises(ConstructionError, match="seed"):
-            sampled(model, seed=seed)
-
-
-@pytest.mark.parametrize(
-    ("activation", "low", "sets"), [("relu", -1.0, 2), ("relu", 0.0, 1), ("tanh", -1.0, 1), ("sigmoid", 0.0, 2)]
-)
-def test_the_first_layer_gets_errors_of_products(activation, low, sets, monkeypatch):
-    """A pair in front, with a base set for either sign of a copy; what is behind it counts m slots, the last one."""
-    model, m = small_resnet(activation), 7
-    of_a_problem = {"product": (0.004, 5), "uniform": (0.002, 2)}  # error, size
-    monkeypatch.setattr(
-        sys.modules["ltx.constructions.sampled"], "_distribution",
-        lambda law, *_: tuple(np.full(3, number) for number in of_a_problem[law]),
-    )  # fmt: skip
-    found = sampled(model, base_set_size=m, epsilon=0.01, input_range=(low, 1.0))
-    layers = trace(model).layers
-    counts = {name: layer.parameters_above(0.01) for name, layer in layers.items() if "shortcut" not in name}
-    for name in counts:
-        big = above(layers[name].weight, 0.01)
-        off = (found.state[f"{name}.weight"] - layers[name].weight)[big].abs()
-        assert off == pytest.approx(0.004 if name == "conv" else 0.002, abs=1e-6), name
-    between = sum(count for name, count in counts.items() if name not in ("conv", "fc"))
-    copies = m * sets * 1  # of the one channel of an image
-    assert found.parameters == copies + m * sets * 5 * counts["conv"] + m * 2 * between + 2 * counts["fc"]
 
 
 def test_the_account_of_deviations():

@@ -138,31 +138,6 @@ def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_pat
     assert "20 test images" in " ".join(out.split())  # in the note
 
 
-def test_tables_say_which_target_is_not_the_one_of_the_settings(outputs, ltx):
-    status, _, err = ltx("tables", *SMOKE, "target.density=0.5", f"output_dir={outputs}")
-    assert status == 1
-    assert "was trained with other settings (density 0.1, now 0.5)" in err
-    assert "its results are left out" in err
-
-
-def test_sampled_errors_and_what_stands_beside_them(outputs, ltx, tmp_path):
-    given = (*SMOKE, f"target.checkpoint={outputs / 'targets/digits-relu-smoke-seed0/target.safetensors'}")
-    _, out, _ = ltx("construct", *given, "construction=sampled")
-    drawn = last_line(out)
-    account = drawn.with_name("construction.json")
-    assert json.loads(account.read_text())["settings"]["construction"] == "sampled"
-    assert "there already" in ltx("construct", *given, "construction=sampled")[2]
-    account.unlink()
-    assert "there already" not in ltx("construct", *given, "construction=sampled")[2]
-    assert account.is_file()
-    assert ltx("eval", *given, "construction=sampled")[0] == 0
-    status, out, _ = ltx("tables", *given)
-    assert status == 0
-    assert "| sampled " in out
-    assert "Sampled: no ticket is built" in " ".join(out.split())
-    assert ltx("tables", *given, "law=normal")[0] == 1
-
-
 def test_a_ticket_is_written_last(outputs, ltx, tmp_path, monkeypatch):
     """Whatever cuts a construction off, where the ticket is the rest is too."""
     target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
@@ -291,19 +266,6 @@ def test_training_that_diverges_is_no_target(ltx, tmp_path):
     assert ltx("train-target", *SMOKE, "protocol.rounds=1")[0] == 0  # what it advises works where it was given
 
 
-def test_sampled_errors_of_a_head_are_drawn_where_it_is_constructed(outputs, ltx):
-    results = {}
-    for head in ("keep", "construct"):
-        given = [*SMOKE, "construction=sampled", f"head={head}"]
-        assert ltx("construct", *given, output_dir=outputs)[0] == 0
-        status, out, _ = ltx("eval", *given, output_dir=outputs)
-        assert status == 0
-        results[head] = json.loads(Path(last_line(out)).read_text())
-        assert results[head]["head"] == head
-    assert results["keep"]["target_parameters"] < results["construct"]["target_parameters"]
-    assert results["keep"]["ticket_parameters"] < results["construct"]["ticket_parameters"]
-
-
 def test_damaged_accounts_of_training(outputs, ltx, tmp_path):
     target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
     tensors, metadata = read_tensors(target)
@@ -339,55 +301,6 @@ def test_a_ticket_of_other_settings_in_the_folder_does_not_serve(outputs, ltx, t
     write_tensors(tmp_path / "other.safetensors", boundless, metadata)
     status, _, err = ltx("verify", str(tmp_path / "other.safetensors"), f"target.checkpoint={target}")
     assert (status, f"{name}: claims an infinite error" in err) == (1, True)
-
-
-def test_tables_leave_out_results_of_another_ticket(outputs, ltx, tmp_path):
-    target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
-    given = [*SMOKE, f"target.checkpoint={target}"]
-    tickets = []
-    for seed in (0, 1):
-        tickets.append(last_line(ltx("construct", *given, f"seed={seed}")[1]))
-        assert ltx("eval", *given, f"seed={seed}")[0] == 0
-    os.utime(tickets[0])  # as a copy has: the same ticket
-    assert ltx("tables", *given)[0] == 0
-    table = pd.read_csv(tmp_path / "tables" / "results-target.csv")
-    assert sorted(table.seed) == [0, 1]
-    tickets[0].write_bytes(tickets[1].read_bytes())
-    status, _, err = ltx("tables", *given)
-    assert (status, "the ticket beside it is another one; run ltx eval again" in err) == (0, True)
-    assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [1]
-    os.utime(tickets[0], (0, 0))  # as a copy with its times has: another one all the same
-    assert "the ticket beside it is another one" in ltx("tables", *given)[2]
-    for ticket in tickets:  # results may be kept without them
-        ticket.unlink()
-    assert ltx("tables", *given)[0] == 0
-    assert sorted(pd.read_csv(tmp_path / "tables" / "results-target.csv").seed) == [0, 1]
-
-
-def test_tables_leave_out_files_that_are_no_results(outputs, ltx, tmp_path):
-    given = [*SMOKE, f"target.checkpoint={outputs / 'targets/digits-relu-smoke-seed0/target.safetensors'}"]
-    for seed in (0, 1):
-        result = last_line(ltx("construct", *given, f"seed={seed}")[1]).with_name("result.json")
-        assert ltx("eval", *given, f"seed={seed}")[0] == 0
-    whole = json.loads(result.read_text())
-    failure = tmp_path / "tickets" / "any" / "any" / "failure.json"
-    failure.parent.mkdir(parents=True)
-    failure.write_text("[1]")
-    for other in (3, [whole], {**whole, "ticket_accuracy": "98"}, {n: v for n, v in whole.items() if n != "agreement"}):
-        result.write_text(json.dumps(other))
-        status, _, err = ltx("tables", *given)
-        assert (status, err.count(f"{result}: left out, cannot be read")) == (0, 1)
-        assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [0]
-
-
-def test_tables_say_that_a_target_is_damaged(outputs, ltx, tmp_path):
-    shutil.copytree(outputs, tmp_path, dirs_exist_ok=True)
-    assert ltx("tables", *SMOKE)[0] == 0
-    damaged = tmp_path / "targets" / "digits-tanh-smoke-seed0" / "target.safetensors"
-    damaged.parent.mkdir(exist_ok=True)
-    damaged.write_bytes(b"hello")
-    status, _, err = ltx("tables", *SMOKE)
-    assert (status, f"{damaged}: " in err, "its results are left out" in err) == (0, True, True)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):

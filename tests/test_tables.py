@@ -1,17 +1,14 @@
 """Tables 1 and 2: intervals, the paper's values, three formats."""
 
 import io
-import json
 import math
 from dataclasses import fields
 
 import pandas as pd
 import pytest
-from conftest import settings
 
 from ltx.feedback import IMAGES, Feedback
 from ltx.report import tables, tradeoff
-from ltx.tasks import tables as task
 
 
 def results(data="mnist", n=10):
@@ -333,89 +330,9 @@ def test_the_papers_values_stay_with_a_constructed_head_of_resnet22():
         assert pd.read_csv(io.StringIO(table(kept).csv))[column].isna().all()
 
 
-@pytest.mark.parametrize(
-    ("given", "kind", "sums"),
-    [
-        ("target=mnist", "", ""),
-        ("target=resnet22", "", ""),
-        ("target=digits", "-digits", ""),
-        ("target=mnist data=digits", "-mnist", ""),
-        ("target=mnist target.checkpoint=a/mine.pt", "-mine", ""),
-        ("target=resnet22 target.checkpoint=a/mine.pt", "-mine", ""),
-        ("target.module=a.b:small", "-small-mnist", ""),
-        ("target=mnist head=construct", "-construct", ""),
-        ("target=resnet22 head=keep scaling=layer_max batch_norm=fold", "-keep-layer_max-fold", ""),
-        ("target=digits pair.kernel=3 pair.stride=first", "-digits-pair3-strided", ""),
-        ("target=mnist batch_norm=fold law=normal", "-fold-normal", ""),
-        ("target=mnist m=12", "", "-m12-eps0.01"),
-        ("target=mnist epsilon=0.001", "", "-m15-eps0.001"),
-        ("target=mnist selection=best", "", "-best"),
-        ("target=mnist selection=feedback m=12", "", "-m12-eps0.01-feedback"),
-    ],
-)
-def test_tables_of_other_tickets_have_files_of_their_own(given, kind, sums):
-    """Those of the paper's targets and tickets have the plain names."""
-    found = settings(*given.split())
-    assert (task._kind(found), task._sums(found)) == (kind, sums)
-
-
 def test_a_note_does_not_say_what_older_results_do_not():
     """Results of an earlier ltx have no law; beside newer ones pandas makes that NaN."""
     mixed = deep_results().assign(law="uniform", kind="explicit")
     mixed.loc[mixed.index[0], "law"] = float("nan")
     assert "law" not in tables.deep_accuracy_table(mixed).note
     assert "law: normal" in tables.deep_accuracy_table(mixed.assign(law="normal")).note
-
-
-ENTRY = {
-    "kind": "explicit", "seed": 0, "base_set_size": 15, "epsilon": 0.01, "selection": "smallest", "head": "keep",
-    "scaling": "unit", "batch_norm": "keep", "target_sha256": "a", "data": "mnist",
-}  # fmt: skip
-SAMPLED = {key: ENTRY[key] for key in ("seed", "base_set_size", "epsilon", "selection", "head", "target_sha256")}
-
-
-@pytest.mark.parametrize(
-    ("entry", "smallest", "best", "any_sums"),  # in the tables of that selection, in the figure of deviations
-    [
-        (ENTRY, True, False, True),
-        (ENTRY | {"selection": "best"}, False, True, True),
-        (ENTRY | {"selection": "feedback"}, True, False, True),
-        (ENTRY | {"selection": "feedback", "scaling": "layer_max", "base_set_size": 9}, True, False, True),
-        (ENTRY | {"selection": "feedback", "head": "construct"}, False, False, False),
-        (ENTRY | {"selection": "feedback", "epsilon": 0.1}, False, False, True),
-        (ENTRY | {"base_set_size": 12}, False, False, True),
-        (ENTRY | {"epsilon": 0.1}, False, False, True),
-        (ENTRY | {"head": "construct"}, False, False, False),
-        (ENTRY | {"scaling": "layer_max"}, False, False, False),
-        (ENTRY | {"batch_norm": "fold"}, False, False, False),
-        (ENTRY | {"pair_kernel": 3}, False, False, False),
-        (ENTRY | {"pair_stride": "first"}, False, False, False),
-        (ENTRY | {"law": "uniform"}, True, False, True),
-        (ENTRY | {"law": "normal"}, False, False, False),
-        (ENTRY | {"target_sha256": "b"}, False, False, False),
-        (ENTRY | {"data": "digits"}, False, False, False),
-        (ENTRY | {"seed": None}, False, False, False),
-        (SAMPLED, True, False, True),
-        (SAMPLED | {"head": "construct"}, False, False, False),
-        (SAMPLED | {"base_set_size": 12}, False, False, True),
-        (SAMPLED | {"law": "uniform", "scaling": "unit", "batch_norm": "keep"}, True, False, True),
-        ([ENTRY], False, False, False),
-    ],
-)
-def test_which_results_are_in_a_table(entry, smallest, best, any_sums, tmp_path):
-    file = tmp_path / "result.json"
-    file.write_text(json.dumps(entry))
-    digests = {"a": {"data": "mnist"}}
-    for selection, expected in (("smallest", smallest), ("best", best)):
-        found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests)
-        assert found == [entry] * expected
-        found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests, any_sums=True)
-        assert found == [entry] * any_sums
-
-
-@pytest.mark.parametrize("other", ["law=normal", "scaling=layer_max", "batch_norm=fold", "pair.kernel=3"])
-def test_sampled_errors_are_in_no_table_of_another_source(other, tmp_path):
-    file, digests = tmp_path / "result.json", {"a": {}}
-    file.write_text(json.dumps(SAMPLED))
-    assert task._entries([file], settings("target=mnist"), digests) == [SAMPLED]
-    assert task._entries([file], settings("target=mnist", other), digests) == []

@@ -43,11 +43,11 @@ def run(settings: Settings) -> Path:
     """
     path, ticket, known = find_ticket(settings)
     target = targets_at.require_comparable(path, ticket, known)
-    written = path.with_name("certificate.json")
+    written, how = path.with_name("certificate.json"), scaling_of(made_with(path))
     about = {
         "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,
         "data": target.data, "limit": settings.limit,
-        "starts": settings.certify.starts, "steps": settings.certify.steps, **scaling_of(made_with(path)),
+        "starts": settings.certify.starts, "steps": settings.certify.steps, **how,
     }  # fmt: skip
     there = None if settings.force else read_result(written, about)
     if there is not None:
@@ -80,7 +80,7 @@ def run(settings: Settings) -> Path:
             )
     layers = {d.node: d.largest for d in ticket_deviations(ticket, graph, images[:DEVIATION_IMAGES], network=network)}
     nodes = [{**asdict(node), "measured": layers.get(node.node)} for node in proven.nodes]
-    theorem = _theorem(path, ticket, graph)
+    theorem = _theorem(ticket, graph, scaling=how.get("scaling", "layer_max"))
     result = {
         "ticket": str(path), "construction": ticket.construction, "selection": ticket.selection, "seed": ticket.seed,
         "law": ticket.law, "activation": ticket.activation, "input_range": [ticket.input_low, ticket.input_high],
@@ -135,11 +135,10 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, graph
     return values
 
 
-def _theorem(path: Path, ticket: Ticket, graph: Graph) -> float | None:
+def _theorem(ticket: Ticket, graph: Graph, *, scaling: str) -> float | None:
     """What the theorem's argument gives for parameters within epsilon of a uniform source; None for other tickets."""
     if ticket.feedback or ticket.law != "uniform":
         return None
-    scaling = scaling_of(made_with(path)).get("scaling", "layer_max")
     epsilons, sizes = (
         dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
     )  # fmt: skip

@@ -54,19 +54,14 @@ def run(settings: Settings) -> Path:
     try:
         with tqdm(total=len(target.graph.layers), desc="construct", unit="layer", disable=None, leave=False) as bar:
             ticket = construct(
-            target.graph, construction=settings.construction.value, base_set_size=settings.m,
-            epsilon=settings.epsilon, seed=settings.seed, selection=settings.selection.value,
-            input_range=target.input_range, device=device, on_statistics=statistics.append,
-            on_layer=partial(_advance, bar), **settings.built, **feedback,
-        )  # fmt: skip
+                target.graph, input_range=target.input_range, device=device, on_statistics=statistics.append,
+                on_layer=partial(_advance, bar), **settings.made, **feedback,
+            )  # fmt: skip
     except UnsolvedError as error:
         # tables say which tickets there are none of
         about = {
             "data": target.data, "input_range": list(target.input_range), "activation": target.activation,
-            "construction": settings.construction.value,
-            "base_set_size": settings.m, "epsilon": settings.epsilon, "selection": settings.selection.value,
-            "seed": settings.seed, **settings.built,
-            **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
+            **settings.made, **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
         }  # fmt: skip
         write_json(
             failure,
@@ -148,12 +143,10 @@ def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
         if path.name == "sampled.safetensors":
             return read_checkpoint(path).metadata.get("target_sha256") == target.digest
         ticket = Ticket.load(path)
-        wanted = {
-            "target_sha256": target.digest, "input_low": target.input_range[0], "input_high": target.input_range[1],
-            "construction": settings.construction.value, "base_set_size": settings.m, "epsilon": settings.epsilon,
-            "selection": settings.selection.value, "seed": settings.seed, "law": settings.law.value,
-        }  # fmt: skip
-        same = all(getattr(ticket, name) == value for name, value in wanted.items())
+        low, high = target.input_range
+        wanted = {"target_sha256": target.digest, "input_low": low, "input_high": high, **settings.made}
+        said = vars(ticket)
+        same = all(said[name] == value for name, value in wanted.items() if name in said)
         if same and ticket.feedback:
             same = asdict(settings.feedback).items() <= json.loads(ticket.feedback).items()
         return same and verify(ticket, target.graph).ok

@@ -219,20 +219,12 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
 
 def _require_its_own(path: Path, ticket: Ticket, settings: Settings) -> None:
     """Refuse settings that say of a named file's ticket what it is not."""
-    now = {"construction": settings.construction.value, "m": settings.m, "epsilon": settings.epsilon,
-           "selection": settings.selection.value, "seed": settings.seed, "activation": settings.activation.value,
-           **_flat(settings.built)}  # fmt: skip
-    its = {**_flat(made_with(path)), "construction": ticket.construction, "m": ticket.base_set_size,
-           "epsilon": ticket.epsilon, "selection": ticket.selection, "seed": ticket.seed, "law": ticket.law,
-           "activation": ticket.activation}  # fmt: skip
+    now = {**settings.made, "activation": settings.activation.value}
+    its = made_with(path) | vars(ticket)
     for key in given.overrides():
-        if key in now and its.get(key, now[key]) != now[key]:
-            raise LtxError(f"{key}={now[key]} has no meaning for ticket {path}, which has {its[key]}; leave it out")
-
-
-def _flat(built: dict) -> dict:
-    """`Settings.built`, or what construction.json holds of it, by the names of settings."""
-    return {key.replace("pair_", "pair."): value for key, value in built.items()}
+        name = "base_set_size" if key == "m" else key.replace(".", "_")
+        if name in now and its.get(name, now[name]) != now[name]:
+            raise LtxError(f"{key}={now[name]} has no meaning for ticket {path}, which has {its[name]}; leave it out")
 
 
 def require_valid(path: Path, ticket: Ticket, target: targets_at.Target | None) -> Verification:

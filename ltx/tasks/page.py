@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +16,7 @@ from ltx.errors import LtxError
 from ltx.files import write_text
 from ltx.report.page import Entry, Section, Table, data_uri, from_markdown, page
 from ltx.tasks import targets_at
+from ltx.tasks.subset_sum import constant_of
 
 log = logging.getLogger(__name__)
 _FIGURES = {  # the name of a file, up to its first hyphen -> what it shows
@@ -33,7 +33,7 @@ _STATISTICS = {  # column of statistics.csv -> what it is called, how it is writ
     "law": ("law", "{}"), "selection": ("selection", "{}"), "base_set_size": ("m", "{}"),
     "epsilon": ("epsilon", "{:g}"), "theta": ("theta", "{:g}"), "problems": ("problems", "{:,}"),
     "seed": ("seed", "{}"), "failure_share": ("without a subset", "{:.3%}"), "mean_error": ("mean error", "{:.3g}"),
-    "mean_size": ("mean size", "{:.3f}"), "constant": ("C", "{:.2f}"),
+    "mean_size": ("mean size", "{:.3f}"),
 }  # fmt: skip
 
 
@@ -105,18 +105,13 @@ def _statistics(folder: Path) -> Iterator[Entry]:
     if not path.is_file():
         return
     try:
-        found = pd.read_csv(path)
-        if missing := {*_STATISTICS, "constant_interval_high"} - set(found):
-            raise ValueError(f"has no column {min(missing)}")
-    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
+        runs = pd.read_csv(path).to_dict("records")
+        rows = [[*_numbers(run), constant_of(run).removeprefix("= ") or "–"] for run in runs]
+    except (OSError, ValueError, KeyError) as error:  # pandas' errors of parsing are ValueErrors
         log.warning("%s: left out, %s", path, error)
         return
-    named = {name: title for name, (title, _) in _STATISTICS.items()}
-    shown = found.filter(list(named)).rename(columns=named)
-    table = _table(shown, dict(_STATISTICS.values()))
-    at = table.columns.index("C")
-    bounded = zip(table.rows, found.to_dict("records"), strict=True)
-    table = replace(table, rows=[[*row[:at], _constant(run, row[at]), *row[at + 1 :]] for row, run in bounded])
+    columns = [*(title for title, _ in _STATISTICS.values()), "C"]
+    table = Table(columns, rows, [name not in ("law", "selection") for name in columns])
     note = (
         "C = m / log(1 / min(epsilon, share without a subset)); sizes are those of problems with a subset; where theta "
         "is not said, targets are random."
@@ -124,24 +119,8 @@ def _statistics(folder: Path) -> Iterator[Entry]:
     yield _entry(folder, path, "Statistics of random subset-sum problems", table=table, note=note)
 
 
-def _constant(run: Mapping, shown: str) -> str:
-    """C as `ltx subset-sum` says it: a bound where more problems than epsilon have no subset, or none is without."""
-    most = run["constant_interval_high"]
-    if pd.isna(run["constant"]):
-        return shown if pd.isna(most) else f"< {most:.2f}"
-    return shown if run["failure_share"] <= run["epsilon"] else f"> {shown}"
-
-
-def _table(found: pd.DataFrame, formats: Mapping[str, str]) -> Table:
-    """A data frame as it is shown, columns without a format in four digits."""
-
-    def show(name: str, value: object) -> str:
-        usual = "{:.4g}" if isinstance(value, float) else "{}"
-        return "–" if pd.isna(value) else formats.get(name, usual).format(value)  # type: ignore[arg-type]
-
-    rows = [[show(*cell) for cell in zip(found.columns, row, strict=True)] for row in found.itertuples(index=False)]
-    numeric = [pd.api.types.is_numeric_dtype(kind) for kind in found.dtypes]
-    return Table([str(name).replace("_", " ") for name in found.columns], rows, numeric)
+def _numbers(run: Mapping) -> list[str]:
+    return ["–" if pd.isna(run[key]) else form.format(run[key]) for key, (_, form) in _STATISTICS.items()]
 
 
 def _targets(folder: Path) -> Iterator[Entry]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pandas as pd
 
 from ltx import paths, subset_sum
 from ltx.config import Settings
-from ltx.files import require_writable, write_json, write_text
+from ltx.files import read_result, require_writable, write_json, write_text
 from ltx.tasks import provenance
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,20 @@ def flat(statistics: dict) -> dict:
     return line
 
 
+def constant_of(line: Mapping) -> str:
+    """What is known of C from a line of `flat`: `= 3.3`, a bound `> 3.3` where more than epsilon have no subset, or one
+    `< 3.3` where all have one; nothing where it has no bound."""
+    value, most = line["constant"], line["constant_interval_high"]
+    if not pd.isna(value):
+        return f"{'=' if line['failure_share'] <= line['epsilon'] else '>'} {value:.2f}"
+    return "" if pd.isna(most) else f"< {most:.2f}"
+
+
 def summary(s: dict) -> str:
     """The statistics in one line."""
     low, high = s["failure_share_interval"]
     size = "-" if s["mean_size"] is None else f"{s['mean_size']:.3f}"  # of the solved ones
-    if s["constant"] is None:
-        found = f"< {s['constant_interval'][1]:.2f}" if s["constant_interval"] else "is none, where all fail"
-    else:
-        found = f"{'=' if s['failure_share'] <= s['epsilon'] else '>'} {s['constant']:.2f}"
+    found = constant_of(flat(s)) or "is none, where all fail"
     target = "" if s["theta"] is None else f"theta={s['theta']:g}, "
     return (
         f"{s['law']}, {s['selection']}, m={s['base_set_size']}, epsilon={s['epsilon']:g}, {target}"
@@ -98,9 +104,6 @@ def _same(statistics: dict, s: Settings) -> bool:
 
 def _read(path: Path) -> dict | None:
     """The statistics of a file, None where it is not there or not whole."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    found = read_result(path, {}) or {}
     wanted = {f.name for f in fields(subset_sum.Statistics)} | {"seconds"}
-    return found if isinstance(found, dict) and wanted <= set(found) else None
+    return found if wanted <= set(found) else None

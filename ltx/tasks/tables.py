@@ -121,8 +121,7 @@ def _entries(
     """
     epsilon = {} if any_sums else {"epsilon": settings.epsilon}
     sums = {} if any_sums else {"base_set_size": settings.m, "selection": settings.selection.value}
-    usual = {"pair_kernel": 1, "pair_stride": "second", "law": "uniform"}  # of results that do not say
-    plain = usual | {"scaling": "unit", "batch_norm": "keep"}  # of sampled errors
+    usual = {"pair_kernel": 1, "pair_stride": "second", "law": "uniform", "scaling": "unit", "batch_norm": "keep"}
     found = []
     for path in sorted(files):
         entry = _read(path, ("seed", "base_set_size", "epsilon", *numbers))
@@ -138,8 +137,7 @@ def _entries(
             continue
         else:
             needs.pop("scaling")  # rows name it
-        unsaid = usual if entry.get("kind") == "explicit" else plain
-        if any(entry.get(key, unsaid.get(key)) != value for key, value in needs.items()):
+        if any(entry.get(key, usual.get(key)) != value for key, value in needs.items()):  # not all results say all
             continue
         if _stale(path, entry):
             log.info("%s: left out, the ticket beside it is another one; run ltx eval again", path)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ltx import data, paths, targets, training
-from ltx.config import Settings, TargetSettings
+from ltx.config import Settings
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import outputs
 from ltx.graph import Graph, trace
@@ -166,12 +166,6 @@ def _command(settings: Settings) -> str:
     said = {
         "target": settings.target.name, "activation": settings.activation.value, "protocol": settings.protocol.name,
     }  # fmt: skip
-    if settings.target.seed != TargetSettings.seed:
-        said["target.seed"] = str(settings.target.seed)
-    if settings.output_dir != Settings.output_dir:
-        said["output_dir"] = settings.output_dir
-    if not settings.use_reference:
-        said["use_reference"] = "false"
     more = [text for key, text in given.overrides().items() if key in _TRAINED_WITH.difference(said)]
     return " ".join(["ltx train-target", *map(_for_a_shell, [*(override(*pair) for pair in said.items()), *more])])
 
