@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import nn
 
 from ltx import cli, config
@@ -29,9 +31,15 @@ def _seeded():
 
 def settings(*overrides: str) -> config.Settings:
     """Checked settings, as a command gets them."""
+    return config.settings_from(composed(*overrides))
+
+
+@functools.cache
+def composed(*overrides: str) -> DictConfig:
+    """What Hydra makes of them; the same object each time, to be copied before it is changed."""
     config.register()
     with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
-        return config.settings_from(compose("config", list(overrides)))
+        return compose("config", list(overrides))
 
 
 def small_cnn(activation: str, *, seed: int = 0, density: float = 0.3, channels: int = 4, size: int = 6, bias=True):

@@ -50,6 +50,7 @@ def test_the_authors_target_counts_as_in_the_paper(author):
     assert count == 116_094  # Table 4: 116,048
 
 
+@pytest.mark.slow
 def test_explicit_tickets_of_the_authors_target(author, cifar_root):
     """L+1 has Table 4's size and guesses (section 6 of the design); 2L behaves as the paper's sampled protocol does."""
     graph, split = trace(author), some(all_images(cifar_root), 100)
@@ -64,6 +65,7 @@ def test_explicit_tickets_of_the_authors_target(author, cifar_root):
     assert compare(theirs, tickets["2L"].to_module(), split).agreement > 70
 
 
+@pytest.mark.slow
 def test_sampled_errors_of_the_authors_target(author, cifar_root):
     split = some(all_images(cifar_root), 500)
     theirs = outputs(author, split.images)

@@ -256,6 +256,7 @@ def test_tables_say_which_results_they_leave_out(outputs, ltx, tmp_path):
             assert (left in (tmp_path / f"again/tables/table{number}-digits.md").read_text()) == out
 
 
+@pytest.mark.slow
 def test_an_output_that_lacks_the_signs_of_a_table(outputs, ltx, tmp_path):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
     settings = (*SMOKE, f"output_dir={tmp_path / 'again'}")
@@ -271,6 +272,7 @@ def test_an_output_that_lacks_the_signs_of_a_table(outputs, ltx, tmp_path):
         assert table.replace("±", "?") in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "ascii:surrogateescape"])
 def test_a_path_that_is_no_text_is_printed_as_it_is(tmp_path, encoding):
@@ -281,6 +283,7 @@ def test_a_path_that_is_no_text_is_printed_as_it_is(tmp_path, encoding):
     assert os.path.isfile(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_from_a_notebook_whose_backend_is_not_here(outputs):
     tables = [sys.executable, "-m", "ltx.cli", "tables", *SMOKE, f"output_dir={outputs}"]
     there = os.environ | {"MPLBACKEND": "module://of_a_notebook.backend_inline"}

@@ -9,6 +9,8 @@ from conftest import SMOKE, one_line
 
 from ltx import cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def residual(tmp_path_factory):

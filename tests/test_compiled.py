@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SOLVE = """
 import os, sys
 from concurrent.futures import ThreadPoolExecutor

@@ -57,7 +57,7 @@ def test_deviation_shrinks_in_proportion_to_epsilon(activation, construction, he
     In L+1 it is a little less (0.7 to 1 here), which is no error: a smaller epsilon takes larger subsets, and
     the slots of a channel deviate independently, so that a larger subset amplifies their deviations more.
     """
-    x, epsilons, logs = images(), [3e-2, 1e-2, 3e-3, 1e-3], []
+    x, epsilons, logs = images(), [3e-2, 1e-3], []
     for epsilon in epsilons:
         found = []
         for seed in range(6):
@@ -67,9 +67,9 @@ def test_deviation_shrinks_in_proportion_to_epsilon(activation, construction, he
             )
             found.append(math.log(deviation(model, ticket, x).square().mean().sqrt()))
         logs.append(sum(found) / len(found))
-    slope = (logs[-1] - logs[0]) / (math.log(epsilons[-1]) - math.log(epsilons[0]))
+    slope = (logs[1] - logs[0]) / (math.log(epsilons[1]) - math.log(epsilons[0]))
     assert (0.8 if construction == "2L" else 0.6) < slope < 1.2
-    assert logs[-1] < math.log(0.005)
+    assert logs[1] < math.log(0.005)
 
 
 @everywhere

@@ -82,6 +82,7 @@ def test_onnx_computes_the_same(make, size, how, construction, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["ticket.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phi", [nn.ELU(), nn.ELU(0.5), nn.CELU(2.0), nn.SELU()])
 def test_onnx_of_deep_pairs(phi, tmp_path):
     """Their inputs are scaled down, where exp(x) - 1 of a rounded exp(x) has few digits left."""

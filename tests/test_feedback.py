@@ -186,6 +186,7 @@ def test_a_ticket_is_a_function_of_seed_and_images(construction, tmp_path):
     assert made[0] == made[1] != made[2]
 
 
+@pytest.mark.slow
 @both
 def test_the_batched_kernel_makes_as_good_a_ticket(construction, monkeypatch):
     """The kernel of a GPU, here on the CPU, with dense layers."""

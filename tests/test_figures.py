@@ -11,6 +11,7 @@ import pytest
 
 from ltx.config import Settings
 from ltx.report import deviation
+from ltx.report import figures as drawing
 from ltx.report.figures import FailureCurve, failure_figure, panels, statistics_figure
 from ltx.subset_sum import sample, summarise
 from ltx.subset_sum.statistics import Sample, constant, wilson_interval
@@ -54,15 +55,20 @@ def test_figures_command(ltx, monkeypatch):
         assert f"{line.law}, epsilon={line.epsilon:g}: fitted C {sign} {line.fitted_constant:.2f}" in err
         assert math.isnan(line.decay) or fall in err
     assert err.count("fall like exp") == table.drop_duplicates(["law", "epsilon"]).decay.count()
-    before = (folder / "figure3.svg").read_bytes()
+    before = {path: path.read_bytes() for path in folder.glob("*.svg")}
     assert "there already" in ltx("figures", "m=6", "problems=400", "device=cpu")[2]
     (folder / "figure3.svg").unlink()
     assert ltx("figures", "m=6", "problems=400", "device=cpu")[0] == 0
-    assert (folder / "figure3.svg").read_bytes() == before
+    assert {path: path.read_bytes() for path in folder.glob("*.svg")} == before
+    drawn = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.append(path.name))
     for name, share in (("figure3.csv", 0), ("figure3.csv", 0.5), ("figure4.png", 0.5), ("failures.svg", 0.5)):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: int(share * len(whole))])
         assert "there already" not in ltx("figures", "m=6", "problems=400", "device=cpu")[2], name
+        assert drawn == ["figure3", "figure4", "failures"], name
+        drawn.clear()
+        (folder / name).write_bytes(whole)
 
 
 def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):

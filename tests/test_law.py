@@ -172,6 +172,7 @@ def test_large_parameters_are_within_reach():
     assert rows["normal"] < rows["uniform"] / 2
 
 
+@pytest.mark.slow
 def test_the_commands(ltx, tmp_path):
     given = ("target=digits", "protocol=smoke", "law=normal")
     status, _, err = ltx("train-target", *given[:2])

@@ -31,6 +31,7 @@ def test_is_mnist(mnist_root):
     assert high == pytest.approx(float(train.images.max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kept_targets_have_the_accuracy_they_state(mnist_root, activation):
     model, checkpoint = kept_target(activation)
@@ -40,6 +41,7 @@ def test_kept_targets_have_the_accuracy_they_state(mnist_root, activation):
     assert checkpoint.path.stat().st_size < 500_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("construction", ["2L", "L+1"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_tickets_of_kept_targets(mnist_root, activation, construction):

@@ -294,6 +294,7 @@ def test_float64_is_rounded(own, ltx, tmp_path):
     assert ltx("eval", *given)[0] == 0
 
 
+@pytest.mark.slow
 def test_what_float32_rounds_is_no_error_of_the_certificate(own, ltx, tmp_path):
     """Sums of some 20 differ by 3e-5 in float32; in float64 they lie within the bound, which is of exact arithmetic."""
     given = ["target=digits", f"target.module={own}:large", "construction=2L", "m=30", "epsilon=1e-7"]

@@ -193,6 +193,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_gpu_kernels_choose_the_same_subsets_when_interpreted():
     """Triton's interpreter runs the kernels without a GPU."""
     pytest.importorskip("triton")
@@ -205,6 +206,7 @@ def test_gpu_kernels_choose_the_same_subsets_when_interpreted():
     assert done.stdout == "same\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["*fp32", "*fp64"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_gpu_kernels_compile_without_a_gpu(values, capability, tmp_path, monkeypatch):

@@ -6,22 +6,29 @@ bounds it. A backward pass from that slot bounds it better: what cancels in fron
 There are as many slots as channels times pixels. But behind convolutions that keep the image's size, a pixel that is
 further from the border than their reach sees what any other such pixel sees of a shifted image, and the box holds the
 shifted image too where its ends are the same at every pixel. So one pass bounds all of them, and one each those near a
-border or a corner.
+border or a corner. None of these passes needs the whole image: one that is as small as can be with a pixel that far
+from the border has a pixel that sees the same for each of theirs.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ltx.certificates.backwards import Backwards
 from ltx.certificates.forwards import Forwards
-from ltx.graph import Graph
+from ltx.graph import Graph, Node
 from ltx.intervals import Interval
-from ltx.ticket import Ticket
+from ltx.ticket import Ticket, TicketNode
 
-MAX_FORMS = 2048  # backward passes for an activation; more are not worth their time
+MOST = 50_000_000  # numbers in the forms of an activation's passes, some ten seconds; more are not worth their time
 AT_ONCE = 32
+Named = TypeVar("Named", Node, TicketNode)
 
 
 def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[str, Interval]:
@@ -47,19 +54,35 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
         live = read[name][slots.labels[read[name]] >= 0]
         if not len(live) or border is None or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:
             continue
-        rows, columns = (_classes(size, border) for size in shape[1:])
-        if len(live) * len(rows.unique()) * len(columns.unique()) > MAX_FORMS:
+        sides = [min(size, 2 * border + 1) for size in shape[1:]]
+        if len(live) * len(slots.labels) * math.prod(sides) ** 2 > MOST:
             continue
-        known[name] = _bounds(walk, name, live, rows, columns)
+        small = _in_front(walk, name, sides)
+        y, x = (_in_small(size, side) for size, side in zip(shape[1:], sides, strict=True))
+        known[name] = _bounds(small, name, live)[:, y[:, None], x]
         walk = Forwards(ticket, target, box, True, known)
         walk.run()
     return known
 
 
-def _bounds(walk: Forwards, name: str, live: Tensor, rows: Tensor, columns: Tensor) -> Interval:
+def _in_front(walk: Forwards, name: str, sides: list[int]) -> Forwards:
+    """A walk to one node of the ticket, over images of `sides` (H, W)."""
+    nodes = _ancestors(walk.ticket.graph, {name})
+    theirs = _ancestors(walk.target.nodes, {walk.slots[node.name].target for node in nodes})
+    box = walk.channels["input"]
+    y, x = (_in_large(size, side) for size, side in zip(box.low.shape[1:], sides, strict=True))
+    there = {node.name for node in nodes} & set(walk.known)
+    known = {other: walk.known[other][:, y[:, None], x] for other in there}
+    small = Forwards(replace(walk.ticket, graph=nodes), Graph(theirs), box[:, y[:, None], x], True, known)
+    small.run()
+    return small
+
+
+def _bounds(walk: Forwards, name: str, live: Tensor) -> Interval:
+    """Bounds of the live slots' deviations at every pixel; of the others none."""
     off = walk.slots[name].off
     low, high = torch.full_like(off.low, -torch.inf), torch.full_like(off.low, torch.inf)
-    pixels = torch.cartesian_prod(rows.unique(), columns.unique())
+    pixels = torch.cartesian_prod(*(torch.arange(size) for size in low.shape[1:]))
     every = torch.cartesian_prod(live, torch.arange(len(pixels)))
     back = Backwards(walk, repeated=True)
     for some in every.split(AT_ONCE):
@@ -68,15 +91,29 @@ def _bounds(walk: Forwards, name: str, live: Tensor, rows: Tensor, columns: Tens
         form[torch.arange(len(some)), slot, y, x] = 1.0
         found = back.of(name, form)
         low[slot, y, x], high[slot, y, x] = found.low, found.high
-    where = torch.arange(len(low))[:, None, None], rows[:, None], columns
-    return Interval(low[where], high[where])
+    return Interval(low, high)
 
 
-def _classes(size: int, border: int) -> Tensor:
-    """For each position along an edge one that sees the same of a shifted image, (size,)."""
+def _in_small(size: int, side: int) -> Tensor:
+    """For each position along an edge the one of a shorter edge that is as near to either end, or in the middle."""
     at = torch.arange(size)
-    inner = (at >= border) & (at < size - border)
-    return torch.where(inner, min(border, size - 1), at)
+    return torch.maximum(at.clamp_max(side // 2), at - (size - side))
+
+
+def _in_large(size: int, side: int) -> Tensor:
+    """For each position along the shorter edge the one of the longer that is as near to the end next to it."""
+    at = torch.arange(side)
+    return at + (at > side // 2) * (size - side)
+
+
+def _ancestors(nodes: Sequence[Named], names: Set[str]) -> tuple[Named, ...]:
+    """Those nodes, and all that they read, in their order."""
+    wanted, found = set(names), []
+    for node in reversed(nodes):
+        if node.name in wanted:
+            wanted.update(node.inputs)
+            found.append(node)
+    return tuple(reversed(found))
 
 
 def _reach(graph: Graph, name: str) -> int | None:
