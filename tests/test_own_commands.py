@@ -113,6 +113,12 @@ def test_the_command(own, ltx, tmp_path):
         status, out, err = ltx(command, *given, "construction=2L", *(["certify.starts=4"] * (command == "certify")))
         assert status == 0, err
     assert json.loads(path.with_name("result.json").read_text())["network"] == f"{own}:make"
+    graph = trace(imported(f"{own}:make"))
+    theorem = theory.ticket_error(
+        graph, dict.fromkeys(graph.layers, 0.01), dict.fromkeys(graph.layers, 20), construction="2L", head="construct",
+        scaling="layer_max", input_range=data.dataset_spec("digits").input_range,
+    )  # fmt: skip
+    assert json.loads(path.with_name("certificate.json").read_text())["theorem"] == theorem
     again = [str(path), "target=digits", f"target.module={own}:make"]
     assert ltx("verify", *again)[0] == 0
 

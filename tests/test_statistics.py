@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -185,14 +186,18 @@ def test_cp_sat_refuses_numbers_off_its_grid():
 
 def test_bench_command(ltx, monkeypatch):
     monkeypatch.setattr(bench, "SIZES", (4, 6))
+    begin = time.perf_counter()
     status, out, _ = ltx("bench", "seconds=0.01", "device=cpu")
+    took = time.perf_counter() - begin
     assert status == 0
     result = json.loads(Path(out.splitlines()[-1]).read_text())
     assert [(row["selection"], row["m"]) for row in result["rows"]] == [
         ("smallest", 4), ("smallest", 6), ("best", 4), ("best", 6),
     ]  # fmt: skip
     for row in result["rows"]:
-        assert row["python_same"] == row["python_problems"]
+        assert row["python_same"] == row["python_problems"] > 1
+        assert 0 < row["problems"] / row["per_second"] < took
+        assert 0 < row["python_problems"] / row["python_per_second"] < took
         assert row["python_ratio"] == row["per_second"] / row["python_per_second"]
     assert "| smallest    | 4" in out
     assert result["processor"]
