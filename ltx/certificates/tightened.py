@@ -26,7 +26,7 @@ from ltx.graph import Graph, Node
 from ltx.intervals import Interval
 from ltx.ticket import Ticket, TicketNode
 
-MOST = 50_000_000  # numbers in the forms of an activation's passes, some ten seconds; more are not worth their time
+MOST = 100_000_000_000  # products that an activation's passes take, in some seconds; more are not worth their time
 AT_ONCE = 32
 Named = TypeVar("Named", Node, TicketNode)
 
@@ -55,7 +55,7 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
         if not len(live) or border is None or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:
             continue
         sides = [min(size, 2 * border + 1) for size in shape[1:]]
-        if len(live) * len(slots.labels) * math.prod(sides) ** 2 > MOST:
+        if len(live) * math.prod(sides) * _products(walk, name) * math.prod(sides) > MOST:
             continue
         small = _in_front(walk, name, sides)
         y, x = (_in_small(size, side) for size, side in zip(shape[1:], sides, strict=True))
@@ -63,6 +63,17 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
         walk = Forwards(ticket, target, box, True, known)
         walk.run()
     return known
+
+
+def _products(walk: Forwards, name: str) -> int:
+    """That a pass back from a node takes at each pixel."""
+    count = 0
+    for node in _ancestors(walk.ticket.graph, {name}):
+        rows = walk.slots[node.name]
+        if node.op == "layer" and rows.copies is None:
+            taps = walk.target.layers[rows.target].weight[0, 0].numel()
+            count += len(rows.labels) * len(walk.slots[node.inputs[0]].labels) * taps
+    return count
 
 
 def _in_front(walk: Forwards, name: str, sides: list[int]) -> Forwards:
