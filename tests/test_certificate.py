@@ -1,6 +1,7 @@
 """Certificates: nothing that is found exceeds what is proven, and what is proven is as near as it should be."""
 
 import json
+import math
 from fractions import Fraction
 
 import pytest
@@ -14,7 +15,7 @@ from ltx.activations import ACTIVATIONS
 from ltx.adversary import ascend
 from ltx.certificates import certify
 from ltx.certificates.forwards import Forwards
-from ltx.certificates.tightened import _bounds, tightened
+from ltx.certificates.tightened import _bounds, _reaches, tightened
 from ltx.certificates.together import together
 from ltx.graph import run, trace
 from ltx.intervals import Interval
@@ -308,6 +309,13 @@ def test_passes_over_small_images_are_those_over_the_whole():
         assert better == (name != "add")
         torch.testing.assert_close(every.low, bound.low, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(every.high, bound.high, rtol=1e-9, atol=1e-10)
+
+
+def test_how_far_nodes_see_in_a_deep_network():
+    """It has 2^40 paths, which are not gone through one by one."""
+    found = _reaches(trace(small_resnet("relu", blocks=40)))
+    assert (found["input"], found["conv"], found["blocks.0.conv1"], found["add"], found["add_39"]) == (0, 1, 2, 3, 81)
+    assert math.isinf(found["blocks.40.shortcut.0"])  # of stride 2
 
 
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "softplus", "silu", "gelu"])

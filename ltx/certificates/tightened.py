@@ -26,7 +26,7 @@ from ltx.graph import Graph, Node
 from ltx.intervals import Interval
 from ltx.ticket import Ticket, TicketNode
 
-MOST = 100_000_000_000  # products that an activation's passes take, in some seconds; more are not worth their time
+MOST = 100_000_000_000  # products that an activation's passes take, in some ten seconds; more are not worth their time
 AT_ONCE = 32
 Named = TypeVar("Named", Node, TicketNode)
 
@@ -42,7 +42,7 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
     box = Interval(*ends)
     walk = Forwards(ticket, target, box, True)
     walk.run()
-    read = ticket.read_channels()
+    read, reaches = ticket.read_channels(), _reaches(target)
     for node in ticket.graph:
         name = node.inputs[0] if node.inputs else ""
         if node.op != "activation" or walk.slots[node.name].copies is not None or name in known:
@@ -50,11 +50,11 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
         slots = walk.slots[name]
         if slots.image:
             continue
-        border = _reach(target, slots.target)
+        border = reaches[slots.target]
         live = read[name][slots.labels[read[name]] >= 0]
-        if not len(live) or border is None or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:
+        if not len(live) or math.isinf(border) or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:
             continue
-        sides = [min(size, 2 * border + 1) for size in shape[1:]]
+        sides = [min(size, 2 * int(border) + 1) for size in shape[1:]]
         if len(live) * math.prod(sides) * _products(walk, name) * math.prod(sides) > MOST:
             continue
         small = _in_front(walk, name, sides)
@@ -127,20 +127,20 @@ def _ancestors(nodes: Sequence[Named], names: Set[str]) -> tuple[Named, ...]:
     return tuple(reversed(found))
 
 
-def _reach(graph: Graph, name: str) -> int | None:
-    """By how many pixels a node sees beyond its own; None where pixels are not shifted alone on the way."""
-    node = graph[name]
-    if node.op == "input":
-        return 0
-    before = [_reach(graph, other) for other in node.inputs]
-    if any(reach is None for reach in before):
-        return None
-    largest = max(reach for reach in before if reach is not None)
+def _reaches(graph: Graph) -> dict[str, float]:
+    """Node -> by how many pixels it sees beyond its own; infinity where pixels are not shifted alone on the way."""
+    found: dict[str, float] = {}
+    for node in graph.nodes:
+        found[node.name] = max((found[other] for other in node.inputs), default=0) + _further(node)
+    return found
+
+
+def _further(node: Node) -> float:
     if node.layer is not None:
         layer = node.layer
         same = layer.kind == "conv" and layer.stride == (1, 1) and all(
             2 * p == d * (k - 1)
             for k, p, d in zip(layer.weight.shape[2:], layer.padding, layer.dilation, strict=True)
         )  # fmt: skip
-        return largest + max(layer.padding) if same else None
-    return largest if node.op in ("activation", "batch_norm", "add") else None
+        return max(layer.padding) if same else math.inf
+    return 0 if node.op in ("input", "activation", "batch_norm", "add") else math.inf
