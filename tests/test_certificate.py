@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from fractions import Fraction
 
 import pytest
@@ -309,6 +310,22 @@ def test_passes_over_small_images_are_those_over_the_whole():
         assert better == (name != "add")
         torch.testing.assert_close(every.low, bound.low, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(every.high, bound.high, rtol=1e-9, atol=1e-10)
+
+
+# products of passes back from 2 slots at all pixels of 5x5 or 7x7, through 3x3 rows: 3 of one channel, then 3 of 3
+NEAR, FAR = 2 * 25 * 25 * (3 * 1 * 9 + 3 * 3 * 9), 2 * 49 * 49 * (3 * 1 * 9 + 2 * 3 * 3 * 9)
+
+
+@pytest.mark.parametrize(
+    ("most", "names"),
+    [(NEAR - 1, []), (NEAR, ["b", "add"]), (FAR - 1, ["b", "add"]), (FAR, ["b", "add", "add_1"])],
+)
+def test_passes_that_take_too_much_are_left_out(most, names, monkeypatch):
+    graph = trace(ODD["a skip over two blocks"])
+    ticket = construct(graph, construction="2L", base_set_size=20, head="construct", scaling="layer_max")
+    monkeypatch.setattr(sys.modules[tightened.__module__], "MOST", most)
+    box = torch.ones(1, 8, 8, dtype=torch.float64)
+    assert list(tightened(ticket, graph, -box, box)) == names
 
 
 def test_how_far_nodes_see_in_a_deep_network():
