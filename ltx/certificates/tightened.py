@@ -13,22 +13,19 @@ from the border has a pixel that sees the same for each of theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ltx.certificates.backwards import Backwards
 from ltx.certificates.forwards import Forwards
-from ltx.graph import Graph, Node
+from ltx.graph import Graph, Node, leading_to
 from ltx.intervals import Interval
-from ltx.ticket import Ticket, TicketNode
+from ltx.ticket import Ticket
 
 MOST = 100_000_000_000  # products that an activation's passes take, in some ten seconds; more are not worth their time
 AT_ONCE = 32
-Named = TypeVar("Named", Node, TicketNode)
 
 
 def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[str, Interval]:
@@ -55,20 +52,20 @@ def tightened(ticket: Ticket, target: Graph, low: Tensor, high: Tensor) -> dict[
         if not len(live) or math.isinf(border) or slots.linear is not None or slots.off.low.shape[1:] != shape[1:]:
             continue
         sides = [min(size, 2 * int(border) + 1) for size in shape[1:]]
-        if len(live) * math.prod(sides) * _products(walk, name) * math.prod(sides) > MOST:
+        pixels = math.prod(sides)
+        passes = len(live) * pixels
+        if passes * pixels * _products(walk, name) > MOST:
             continue
-        small = _in_front(walk, name, sides)
+        small = _in_front(walk, name, sides, known)
         y, x = (_in_small(size, side) for size, side in zip(shape[1:], sides, strict=True))
         known[name] = _bounds(small, name, live)[:, y[:, None], x]
-        walk = Forwards(ticket, target, box, True, known)
-        walk.run()
     return known
 
 
 def _products(walk: Forwards, name: str) -> int:
     """That a pass back from a node takes at each pixel."""
     count = 0
-    for node in _ancestors(walk.ticket.graph, {name}):
+    for node in leading_to(walk.ticket.graph, [name]):
         rows = walk.slots[node.name]
         if node.op == "layer" and rows.copies is None:
             taps = walk.target.layers[rows.target].weight[0, 0].numel()
@@ -76,15 +73,14 @@ def _products(walk: Forwards, name: str) -> int:
     return count
 
 
-def _in_front(walk: Forwards, name: str, sides: list[int]) -> Forwards:
-    """A walk to one node of the ticket, over images of `sides` (H, W)."""
-    nodes = _ancestors(walk.ticket.graph, {name})
-    theirs = _ancestors(walk.target.nodes, {walk.slots[node.name].target for node in nodes})
+def _in_front(walk: Forwards, name: str, sides: list[int], known: dict[str, Interval]) -> Forwards:
+    """A walk to one node of the ticket, over images of `sides` (H, W), with what is known of nodes on the way."""
+    nodes = leading_to(walk.ticket.graph, [name])
+    theirs = leading_to(walk.target.nodes, [walk.slots[node.name].target for node in nodes])
     box = walk.channels["input"]
     y, x = (_in_large(size, side) for size, side in zip(box.low.shape[1:], sides, strict=True))
-    there = {node.name for node in nodes} & set(walk.known)
-    known = {other: walk.known[other][:, y[:, None], x] for other in there}
-    small = Forwards(replace(walk.ticket, graph=nodes), Graph(theirs), box[:, y[:, None], x], True, known)
+    there = {node.name: known[node.name][:, y[:, None], x] for node in nodes if node.name in known}
+    small = Forwards(replace(walk.ticket, graph=nodes), Graph(theirs), box[:, y[:, None], x], True, there)
     small.run()
     return small
 
@@ -115,16 +111,6 @@ def _in_large(size: int, side: int) -> Tensor:
     """For each position along the shorter edge the one of the longer that is as near to the end next to it."""
     at = torch.arange(side)
     return at + (at > side // 2) * (size - side)
-
-
-def _ancestors(nodes: Sequence[Named], names: Set[str]) -> tuple[Named, ...]:
-    """Those nodes, and all that they read, in their order."""
-    wanted, found = set(names), []
-    for node in reversed(nodes):
-        if node.name in wanted:
-            wanted.update(node.inputs)
-            found.append(node)
-    return tuple(reversed(found))
 
 
 def _reaches(graph: Graph) -> dict[str, float]:

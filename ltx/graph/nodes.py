@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -154,6 +155,28 @@ class Graph:
                 tensors[f"{node.name}.weight"], tensors[f"{node.name}.bias"] = node.layer.weight, node.layer.bias
             operations.append(entry)
         return hashlib.sha256((json.dumps(operations) + tensor_hash(tensors)).encode()).hexdigest()
+
+
+class _Reads(Protocol):
+    """A node of a target or of a ticket."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+
+_Reading = TypeVar("_Reading", bound=_Reads)
+
+
+def leading_to(nodes: Sequence[_Reading], names: Iterable[str]) -> tuple[_Reading, ...]:
+    """Of nodes in the order in which they run those of these names, and all whose values they read, directly or not."""
+    read = set(names)
+    for node in reversed(nodes):
+        if node.name in read:
+            read.update(node.inputs)
+    return tuple(node for node in nodes if node.name in read)
 
 
 def fold_batch_norm(graph: Graph) -> Graph:

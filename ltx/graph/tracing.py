@@ -14,7 +14,7 @@ from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError, LtxError
 from ltx.evaluation import eval_mode
 from ltx.graph.concatenation import CONCATENATION, take_apart
-from ltx.graph.nodes import Graph, Node
+from ltx.graph.nodes import Graph, Node, leading_to
 from ltx.graph.parameters import (
     batch_norm,
     convolution,
@@ -107,7 +107,8 @@ def _trace(model: nn.Module) -> Graph:
         alias[fx_node.name] = name
         memory[name] = memory[inputs[0]] if node.op == "flatten" else name
         nodes.append(replace(node, name=name))
-    return Graph(tuple(take_apart(_leading_to_the_output(nodes))))
+    # without what forward computes and nothing reads
+    return Graph(tuple(take_apart(leading_to(nodes, ("input", "output")))))
 
 
 def _write_out_means(traced: fx.Graph) -> None:
@@ -147,15 +148,6 @@ def _sides(value: object) -> list[tuple[object, int]]:
 def _entries(sides: list, at: object) -> list:
     at = slice(at, at + 1 or None) if isinstance(at, int) else at
     return sides[at] if isinstance(at, slice) else []
-
-
-def _leading_to_the_output(nodes: list[Node]) -> tuple[Node, ...]:
-    """Without what forward computes and nothing reads."""
-    read = {"input", "output"}
-    for node in reversed(nodes):
-        if node.name in read:
-            read.update(node.inputs)
-    return tuple(node for node in nodes if node.name in read)
 
 
 def _in_place(model: nn.Module, node: fx.Node) -> bool:
