@@ -13,12 +13,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from ltx.errors import LtxError
 from ltx.feedback import IMAGES, Feedback
 from ltx.help import SEE_HELP
-from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS, PRODUCT, UNIFORM
+from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 
 # Hydra matches enums by name, and these names are no identifiers
 Construction = Enum("Construction", {"2L": "2L", "L+1": "L+1", "sampled": "sampled"})
 Selection = Enum("Selection", {"smallest": "smallest", "best": "best", "feedback": "feedback"})
-Law = Enum("Law", {"uniform": "uniform", "product": "product", "normal": "normal"})
+Law = Enum("Law", {name: name for name in ("uniform", "product", "normal", "normal_product")})
 Head = Enum("Head", {"keep": "keep", "construct": "construct"})
 Scaling = Enum("Scaling", {"unit": "unit", "layer_max": "layer_max"})
 BatchNorm = Enum("BatchNorm", {"keep": "keep", "fold": "fold"})
@@ -124,14 +124,17 @@ class BoundsSettings:
     error: float = 0.1  # largest deviation of an output
     delta: float = 0.05  # probability that there is no such ticket
     form: BoundsForm = BoundsForm.norms  # type: ignore[attr-defined]
-    uniform: float = UNIFORM  # C of Corollary 2.2, of uniform base sets
-    product: float = PRODUCT  # the same of products of two
+    single: float | None = None  # C of Corollary 2.2, of base sets of parameters; None: measured for the law
+    product: float | None = None  # the same of products of two
 
     def check(self) -> None:
         _require(0 < self.error < math.inf, f"bounds.error={self.error}: must be a positive number")
-        for name in ("uniform", "product"):
+        for name in ("single", "product"):
             value = getattr(self, name)
-            _require(0 < value <= 1e4, f"bounds.{name}={value}: must be a positive number, at most 10,000")
+            _require(
+                value is None or 0 < value <= 1e4,
+                f"bounds.{name}={value}: must be a positive number, at most 10,000, or null for the measured one",
+            )
         _require(0 < self.delta < 1, f"bounds.delta={self.delta}: must lie between 0 and 1")
 
 
@@ -197,7 +200,7 @@ class Settings:
         )
         _require(0 < self.seconds < math.inf, f"seconds={self.seconds}: must be a positive number")
         _require(0 <= self.seed < 2**64, f"seed={self.seed}: must lie between 0 and 2**64 - 1")
-        for name, kind in (("batch_norm", "keep"), ("scaling", "unit"), ("law", "uniform")):
+        for name, kind in (("batch_norm", "keep"), ("scaling", "unit")):
             given = getattr(self, name).value
             _require(
                 self.construction.value != "sampled" or given == kind,

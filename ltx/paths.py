@@ -40,7 +40,8 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
     target = _target(s, target_digest)
     if s.construction.value == "sampled":
         kept = "-keep" if s.head.value == "keep" else ""
-        name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}{kept}{_inputs(s)}-seed{s.seed}"
+        law = "" if s.law.value == "uniform" else f"-{s.law.value}"
+        name = f"sampled-m{s.m}-eps{s.epsilon!r}-{s.selection.value}{kept}{law}{_inputs(s)}-seed{s.seed}"
         return Path(s.output_dir) / "tickets" / target / name / "sampled.safetensors"
     selection = s.selection.value
     if selection == "feedback":
@@ -56,9 +57,10 @@ def ticket_file(settings: Settings, target_digest: str) -> Path:
 def bounds_file(settings: Settings, target_digest: str) -> Path:
     """The table that `ltx bounds` writes with these settings for the target of that SHA-256."""
     s, b = settings, settings.bounds
+    constants = "".join(f"-{name}{c!r}" for name, c in (("C", b.single), ("Cproduct", b.product)) if c is not None)
     name = (
         f"{_target(s, target_digest)}-{s.construction.value}-m{s.m}-eps{s.epsilon!r}-error{b.error!r}-delta{b.delta!r}"
-        f"-{b.form.value}-C{b.uniform!r}-{b.product!r}-{_kind(s)}-seed{s.seed}"
+        f"-{b.form.value}{constants}-{_kind(s)}-seed{s.seed}"
     )
     return Path(s.output_dir) / "bounds" / f"{name}.csv"
 

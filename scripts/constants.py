@@ -19,10 +19,10 @@ PROBLEMS = 1_000_000
 LARGEST = 20  # m
 
 if __name__ == "__main__":
-    for law in ("uniform", "product"):
+    for law in ("uniform", "product", "normal", "normal_product"):
         for m in range(1, LARGEST + 1):
             drawn = subset_sum.sample(law, m, 1.0, selection="best", problems=PROBLEMS, seed=0, theta=1.0)
             errors = np.sort(drawn.error)
             failing = 1 - np.arange(1, PROBLEMS + 1) / PROBLEMS  # share of the problems, where epsilon is that error
             epsilon = errors[np.argmax(failing <= errors)]
-            print(f"{law:8} m {m:2}  a share {epsilon:.5f} fails  C {constant(m, epsilon, epsilon):.3f}", flush=True)
+            print(f"{law:14} m {m:2}  a share {epsilon:.5f} fails  C {constant(m, epsilon, epsilon):.3f}", flush=True)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ from ltx.help import PLAIN, SETTINGS
 
 
 def test_help_is_quick_and_lists_the_commands():
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "ltx.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert time.perf_counter() - begin < 1
+    there = "import sys; from ltx import cli; cli.run(['--help']); print({'torch', 'hydra'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", there], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("set()\n"), "what takes seconds to load"
     assert done.returncode == 0
     assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
 

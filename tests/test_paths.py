@@ -10,13 +10,17 @@ BUILT = [
     *EITHER, "construction=2L", "scaling=layer_max", "batch_norm=fold", "pair.kernel=3", "pair.stride=first",
     "law=normal", "activation=tanh", "target=digits", "target.module=a.b:small", "target.module=a.b:small data=digits",
 ]  # fmt: skip
-SAMPLED = ["construction=sampled", *(f"construction=sampled {given}" for given in (*EITHER, "selection=best"))]
+SAMPLED = [
+    "construction=sampled",
+    *(f"construction=sampled {given}" for given in (*EITHER, "selection=best", "law=normal")),
+]
 FEEDBACK = [
     "samples=5", "images=5", "sweeps=5", "refine=5", "max_subset=5", "penalty=1e-7", "bound=0.1", "bound=0.2",
     "reject=null", "reject=3", "spread=0", "spread=0.2", "order=largest",
 ]  # fmt: skip
 CHOSEN = ["selection=best", "selection=feedback", *(f"selection=feedback feedback.{given}" for given in FEEDBACK)]
-BOUNDS = ["bounds.error=1", "bounds.delta=0.1", "bounds.form=theorem", "bounds.uniform=4", "bounds.product=8"]
+BOUNDS = ["bounds.error=1", "bounds.delta=0.1", "bounds.form=theorem", "bounds.single=4", "bounds.product=8",
+          "bounds.product=4"]  # fmt: skip
 SUMS = ["law=product", "selection=best", "m=12", "epsilon=0.02", "problems=50", "seed=1", "theta=0", "theta=0.5"]
 WITHOUT = ["device=cpu", "force=true", "use_reference=false", "limit=5", "compile=true", "data.root=x", "seconds=1"]
 

@@ -44,10 +44,11 @@ def test_sampled_errors_of_a_parametrization():
         sampled(model)
 
 
-def test_sampled_errors_have_the_moments_of_the_statistics():
+@pytest.mark.parametrize("law", ["uniform", "normal"])
+def test_sampled_errors_have_the_moments_of_the_statistics(law):
     model = small_resnet(width=16, density=0.5)
-    found = sampled(model, base_set_size=15, epsilon=0.01, seed=3)
-    again, other = sampled(model, seed=3), sampled(model, seed=4)
+    found = sampled(model, base_set_size=15, epsilon=0.01, seed=3, law=law)
+    again, other = (sampled(model, seed=seed, law=law) for seed in (3, 4))
     assert all(torch.equal(found.state[n], again.state[n]) for n in found.state)
     assert not torch.equal(found.state["conv.weight"], other.state["conv.weight"])
     errors = []
@@ -61,7 +62,7 @@ def test_sampled_errors_have_the_moments_of_the_statistics():
         if name != "conv":
             errors.append((changed - layer.weight)[big])
     error = torch.cat(errors).double()
-    drawn = sample("uniform", 15, 0.01, problems=PROBLEMS)
+    drawn = sample(law, 15, 0.01, problems=PROBLEMS)
     expected = drawn.error[drawn.solved]
     n = len(error)
     assert error.abs().max() <= 0.01 + 1e-6
@@ -69,7 +70,7 @@ def test_sampled_errors_have_the_moments_of_the_statistics():
     assert abs(float(error.abs().mean()) - expected.mean()) < 4 * expected.std() / n**0.5
     size = drawn.size[drawn.solved].mean()
     assert found.parameters == pytest.approx(15 * size * found.target_parameters, rel=0.03)
-    kept = sampled(model, seed=3, head="keep")
+    kept = sampled(model, seed=3, head="keep", law=law)
     (head,) = trace(model).head
     assert torch.equal(kept.state[f"{head}.weight"], model.state_dict()[f"{head}.weight"])
     assert torch.equal(kept.state["conv.weight"], found.state["conv.weight"])
@@ -78,23 +79,27 @@ def test_sampled_errors_have_the_moments_of_the_statistics():
     assert kept.target_parameters == found.target_parameters - given
     with pytest.raises(ConstructionError, match="head 'kept' is not known"):
         sampled(model, head="kept")
+    with pytest.raises(ConstructionError, match="law 'product' is not known; there are uniform, normal"):
+        sampled(model, law="product")
     for seed in (-1, 2**64, 0.5):
         with pytest.raises(ConstructionError, match="seed"):
             sampled(model, seed=seed)
 
 
+@pytest.mark.parametrize("law", ["uniform", "normal"])
 @pytest.mark.parametrize(
     ("activation", "low", "sets"), [("relu", -1.0, 2), ("relu", 0.0, 1), ("tanh", -1.0, 1), ("sigmoid", 0.0, 2)]
 )
-def test_the_first_layer_gets_errors_of_products(activation, low, sets, monkeypatch):
+def test_the_first_layer_gets_errors_of_products(activation, low, sets, law, monkeypatch):
     """A pair in front, with a base set for either sign of a copy; what is behind it counts m slots, the last one."""
     model, m = small_resnet(activation), 7
-    of_a_problem = {"product": (0.004, 5), "uniform": (0.002, 2)}  # error, size
+    product = {"uniform": "product", "normal": "normal_product"}[law]
+    of_a_problem = {product: (0.004, 5), law: (0.002, 2)}  # error, size
     monkeypatch.setattr(
         sys.modules["ltx.constructions.sampled"], "_distribution",
-        lambda law, *_: tuple(np.full(3, number) for number in of_a_problem[law]),
+        lambda drawn, *_: tuple(np.full(3, number) for number in of_a_problem[drawn]),
     )  # fmt: skip
-    found = sampled(model, base_set_size=m, epsilon=0.01, input_range=(low, 1.0))
+    found = sampled(model, base_set_size=m, epsilon=0.01, input_range=(low, 1.0), law=law)
     layers = trace(model).layers
     counts = {name: layer.parameters_above(0.01) for name, layer in layers.items() if "shortcut" not in name}
     for name in counts:
@@ -122,6 +127,14 @@ def test_sampled_errors_and_what_stands_beside_them(outputs, ltx, tmp_path):
     assert "| sampled " in out
     assert "Sampled: no ticket is built" in " ".join(out.split())
     assert ltx("tables", *given, "law=normal")[0] == 1
+    for command in ("construct", "eval", "tables"):
+        status, normal, err = ltx(command, *given, "law=normal", *["construction=sampled"][: command != "tables"])
+        assert status == 0, err
+    assert "| sampled " in normal
+    assert "random subset-sum problems of a normal source, and" in " ".join(normal.split())
+    assert "of a normal source" not in out
+    assert normal != out
+    assert ltx("tables", *given)[1] == out
 
 
 def test_sampled_errors_of_a_head_are_drawn_where_it_is_constructed(outputs, ltx):

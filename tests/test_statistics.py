@@ -33,7 +33,8 @@ def test_problems_are_a_function_of_seed_and_index(law, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("law", "variance", "fourth"), [("uniform", 1 / 3, 1 / 5), ("product", 1 / 9, 1 / 25), ("normal", 1, 3)]
+    ("law", "variance", "fourth"),
+    [("uniform", 1 / 3, 1 / 5), ("product", 1 / 9, 1 / 25), ("normal", 1, 3), ("normal_product", 1, 9)],
 )
 def test_moments_of_the_laws(law, variance, fourth):
     values, targets = draw(law, 10, 0, 40_000, seed=0)

@@ -20,7 +20,9 @@ from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError
 from ltx.graph import Graph, above, trace
+from ltx.source import LAWS
 from ltx.subset_sum import sample
+from ltx.subset_sum.statistics import PRODUCTS
 
 PROBLEMS = 100_000  # the paper's
 
@@ -37,21 +39,22 @@ class Sampled:
 @usual_defaults()
 def sampled(
     model: nn.Module, *, base_set_size: int = 15, epsilon: float = 0.01, seed: int = 0, selection: str = "smallest",
-    input_range: tuple[float, float] = (-1.0, 1.0), head: str = "construct",
+    input_range: tuple[float, float] = (-1.0, 1.0), head: str = "construct", law: str = "uniform",
 ) -> Sampled:  # fmt: skip
     """Draw the errors and the size of an L+1 ticket for `model` (its state is left alone).
 
     A layer behind the first counts m slots of each output, the last one. The first layer is a two-for-one pair: its
-    errors are those of products of two uniform numbers, and it counts once for each base set.
+    errors are those of products of two of the source's numbers, and it counts once for each base set.
 
     Args:
         base_set_size, epsilon, selection, input_range: as in `ltx.construct`.
+        law: of the source's parameters, as in `ltx.construct`; the paper's is uniform.
         head: `construct` treats the classifier like any layer, as the paper does; `keep` leaves it as it is, uncounted.
         seed: of the errors. The problems that they are drawn from are the same for all seeds.
 
     Raises:
-        ConstructionError: the model's layers cannot be traced, or its parameters are not in its state; an unknown head,
-            or nothing else; a seed that is none.
+        ConstructionError: the model's layers cannot be traced, or its parameters are not in its state; an unknown
+            head or law, or nothing else; a seed that is none.
         LtxError: as `ltx.subset_sum.solve`.
     """
     if isinstance(model, Graph):
@@ -61,6 +64,8 @@ def sampled(
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if head not in ("keep", "construct"):
         raise ConstructionError(f"head '{head}' is not known; there are keep, construct")
+    if law not in LAWS:
+        raise ConstructionError(f"law '{law}' is not known; there are {', '.join(LAWS)}")
     kept = graph.head if head == "keep" else ()
     layers = {n: layer for n, layer in graph.layers.items() if n not in kept and not graph.is_projection(n)}
     if not layers:
@@ -70,13 +75,13 @@ def sampled(
     for name, layer in layers.items():
         sets = constants = 1  # base sets of a weight, of a bias
         if name == first:
-            law = pair_law(pair_activation(graph, name), nonnegative=input_range[0] >= 0)
-            sets, constants = (2, 2) if law.opposite else (len(law.signs), 1)
+            rows = pair_law(pair_activation(graph, name), nonnegative=input_range[0] >= 0)
+            sets, constants = (2, 2) if rows.opposite else (len(rows.signs), 1)
             read = above(layer.weight, epsilon).any(0)  # (C_in, ...)
             channels = int(read.view(len(read), -1).any(1).sum())
             biased = bool(above(layer.bias, epsilon).any())
             copies = base_set_size * (sets * channels + constants * biased)
-        error, size = _distribution("product" if name == first else "uniform", base_set_size, epsilon, selection)
+        error, size = _distribution(PRODUCTS[law] if name == first else law, base_set_size, epsilon, selection)
         slots = 1 if name == last else base_set_size
         for part, tensor in (("weight", layer.weight), ("bias", layer.bias)):
             if part == "bias" and not bool(tensor.any()):

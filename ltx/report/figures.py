@@ -25,7 +25,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False, "svg.hashsalt": "ltx", "savefig.dpi": 200,
 }  # fmt: skip
 LAW_NAMES = {"uniform": "$X_k \\sim U[-1, 1]$", "product": "$X_k \\sim U[-1, 1]\\,U[-1, 1]$",
-             "normal": "$X_k \\sim N(0, 1)$"}  # fmt: skip
+             "normal": "$X_k \\sim N(0, 1)$", "normal_product": "$X_k \\sim N(0, 1)\\,N(0, 1)$"}  # fmt: skip
 
 
 def save(figure: Figure, path: Path) -> list[Path]:

@@ -266,9 +266,11 @@ def _built(results: pd.DataFrame) -> str:
 
 def _kinds(results: pd.DataFrame, how: str = "") -> str:
     """What rows are, for a note."""
+    laws = set() if "law" not in results else set(results.law.dropna()) - {"uniform"}
+    of = "".join(f" of a {law} source" for law in sorted(laws))
     parts = {
-        "sampled": "Sampled: no ticket is built, the target's parameters get the errors of random subset-sum problems, "
-        "and an L+1 ticket's parameters are estimated; that is the paper's protocol for ResNet-22.",
+        "sampled": "Sampled: no ticket is built, the target's parameters get the errors of random subset-sum "
+        f"problems{of}, and an L+1 ticket's parameters are estimated; that is the paper's protocol for ResNet-22.",
         "explicit": f"Explicit: masks on a random source, each verified against its source and its target{how}.",
     }
     return " ".join(text for kind, text in parts.items() if (results.kind == kind).any())

@@ -36,16 +36,22 @@ def _product(seed: int, problems: Tensor, m: int) -> Tensor:
     return _uniform(seed, problems, m) * _uniform(seed, problems, m, _SECOND)
 
 
-def _normal(seed: int, problems: Tensor, m: int) -> Tensor:
-    middle = (_uniform(seed, problems, m) + 1) / 2 + 2.0**-49  # in (0, 1), the middle of its 2^-48
+def _normal(seed: int, problems: Tensor, m: int, layer: int = _FIRST) -> Tensor:
+    middle = (_uniform(seed, problems, m, layer) + 1) / 2 + 2.0**-49  # in (0, 1), the middle of its 2^-48
     return torch.special.ndtri(middle.cpu()).to(problems.device)  # last bits are the CPU's, as its functions are
+
+
+def _normal_product(seed: int, problems: Tensor, m: int) -> Tensor:
+    return _normal(seed, problems, m) * _normal(seed, problems, m, _SECOND)
 
 
 LAWS: dict[str, Callable[[int, Tensor, int], Tensor]] = {
     "uniform": _uniform,  # X ~ U[-1, 1]: one layer of L+1 (Fig. 3)
     "product": _product,  # X ~ U[-1, 1] U[-1, 1]: two layers for one (Fig. 4)
-    "normal": _normal,  # X ~ N(0, 1)
+    "normal": _normal,  # X ~ N(0, 1): the same of a normal source
+    "normal_product": _normal_product,  # X ~ N(0, 1) N(0, 1)
 }
+PRODUCTS = {"uniform": "product", "normal": "normal_product"}  # law of a source -> that of products of two parameters
 
 
 def draw(
@@ -88,7 +94,7 @@ def sample(
     """Draw and solve random problems.
 
     Args:
-        law: `uniform`, `product` or `normal`, of the base sets.
+        law: of the base sets, `uniform`, `normal` or products of two, `product` and `normal_product`.
         theta: the target of all problems; by default each has its own, uniform on [-1, 1), as in section 4. The
             corollary holds for any single one: theta = 1 is the hardest.
         m, epsilon, selection: as in `solve`.

@@ -26,8 +26,6 @@ def run(settings: Settings) -> Path:
     construction, m, epsilon, b = settings.construction.value, settings.m, settings.epsilon, settings.bounds
     if construction == "sampled":
         raise LtxError("construction=sampled has no source; use L+1 or 2L")
-    if settings.law.value != "uniform":
-        raise LtxError(f"law={settings.law.value}: the bounds are those of a uniform source; leave it out")
     target = targets_at.load(settings)
     path = paths.bounds_file(settings, target.digest)
     page, made = path.with_suffix(".md"), path.with_suffix(".json")
@@ -38,28 +36,24 @@ def run(settings: Settings) -> Path:
     require_writable(path.parent)
     folded = settings.batch_norm.value == "fold"
     graph, box = fold_batch_norm(target.graph) if folded else target.graph, target.input_range
-    head, scaling = settings.head.value, settings.scaling.value
+    how = {
+        "construction": construction, "input_range": box, "head": settings.head.value,
+        "scaling": settings.scaling.value, "law": settings.law.value,
+    }  # fmt: skip
     pair = {"pair_kernel": settings.pair.kernel, "pair_stride": settings.pair.stride.value}
     found = theory.guarantee(
-        graph, b.error, b.delta, construction=construction, input_range=box, head=head, scaling=scaling,
-        form=b.form.value, uniform=b.uniform, product=b.product, **pair,
-    )  # fmt: skip
-    delta = theory.failure_probability(
-        graph, m, epsilon, construction=construction, input_range=box, head=head, scaling=scaling, uniform=b.uniform,
-        product=b.product,
-    )  # fmt: skip
-    epsilons, sizes = dict.fromkeys(graph.layers, epsilon), dict.fromkeys(graph.layers, m)
-    reach = theory.ticket_error(
-        graph, epsilons, sizes, construction=construction, input_range=box, head=head, scaling=scaling
+        graph, b.error, b.delta, form=b.form.value, single=b.single, product=b.product, **how, **pair
     )
+    delta = theory.failure_probability(graph, m, epsilon, single=b.single, product=b.product, **how)
+    epsilons, sizes = dict.fromkeys(graph.layers, epsilon), dict.fromkeys(graph.layers, m)
+    reach = theory.ticket_error(graph, epsilons, sizes, **how)
     rows = [asdict(layer) for layer in found.layers]
     used = "no ticket"
     try:
         if m > MAX_BASE_SET_SIZE:
             raise ConstructionError(f"the solver takes an m of up to {MAX_BASE_SET_SIZE}")
         ticket = construct(
-            graph, construction=construction, base_set_size=m, epsilon=epsilon, seed=settings.seed, head=head,
-            scaling=scaling, input_range=box, device=settings.torch_device, **pair,
+            graph, base_set_size=m, epsilon=epsilon, seed=settings.seed, device=settings.torch_device, **how, **pair,
         )  # fmt: skip
         rows = [{**row, **_used(ticket, row["layer"])} for row in rows]
         used = f"{ticket.source_parameters:,} parameters, of which {ticket.parameters:,} are kept"
@@ -68,8 +62,9 @@ def run(settings: Settings) -> Path:
     table = pd.DataFrame(rows)
     shown = table.rename(columns=_TITLES).map(lambda v: f"{v:.3g}" if isinstance(v, float) else v)
     name = paths.own_name(settings) or f"{settings.target.name}, {target.activation}"
+    of = "" if settings.law.value == "uniform" else f", {settings.law.value} source"
     text = (
-        f"**Sources in which the theorems guarantee a ticket of {name} ({construction})**\n\n"
+        f"**Sources in which the theorems guarantee a ticket of {name} ({construction}{of})**\n\n"
         f"{shown.to_markdown(index=False, disable_numparse=True)}\n\n"
         f"Guaranteed: a source of {float(found.source_parameters):.3g} parameters ({found.problems:,} subset sums, m "
         f"up to {found.base_set_size})\n"

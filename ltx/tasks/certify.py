@@ -136,15 +136,15 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, graph
 
 
 def _theorem(ticket: Ticket, graph: Graph, *, scaling: str) -> float | None:
-    """What the theorem's argument gives for parameters within epsilon of a uniform source; None for other tickets."""
-    if ticket.feedback or ticket.law != "uniform":
+    """What the theorem's argument gives for parameters within epsilon; None for other tickets."""
+    if ticket.feedback:
         return None
     epsilons, sizes = (
         dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
     )  # fmt: skip
     head = "keep" if any(node.op == "given" for node in ticket.graph) else "construct"
     return theory.ticket_error(
-        graph, epsilons, sizes, construction=ticket.construction, head=head, scaling=scaling,
+        graph, epsilons, sizes, construction=ticket.construction, head=head, scaling=scaling, law=ticket.law,
         input_range=(ticket.input_low, ticket.input_high),
     )  # fmt: skip
 
@@ -170,16 +170,12 @@ def _print(result: dict) -> None:
     table = pd.DataFrame(result["outputs"]).loc[:, columns].rename(columns=_TITLES)
     shown = table.astype(object).map(lambda v: "–" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else v)
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
-    if result["theorem"] is not None:
-        theorem = f"{result['theorem']:.4g}"
-    elif result["selection"] == "feedback":
-        theorem = "nothing, no parameter is within epsilon"
-    else:
-        theorem = "nothing, the source is not uniform"
+    theorem = result["theorem"]
+    said = "nothing, no parameter is within epsilon" if theorem is None else f"{theorem:.4g}"
     print(
         f"No output is off by more than {result['certificate']:.4g} for any input with elements in "
         f"[{result['input_range'][0]:.4g}, {result['input_range'][1]:.4g}]\n"
-        f"(layer by layer, copies apart: {result['plain']:.4g}; by the theorem's argument: {theorem})."
+        f"(layer by layer, copies apart: {result['plain']:.4g}; by the theorem's argument: {said})."
     )
     empty = [node["node"] for node in result["layers"] if node["deviation"] >= node["span"]]
     if empty:

@@ -104,6 +104,7 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     found = sampled(
         target.model, base_set_size=settings.m, epsilon=settings.epsilon, seed=settings.seed,
         selection=settings.selection.value, input_range=target.input_range, head=settings.head.value,
+        law=settings.law.value,
     )  # fmt: skip
     write_json(
         path.with_name("construction.json"),
@@ -120,7 +121,7 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
             "format": "ltx-sampled/1", "network": target.network, "activation": target.activation,
             "data": target.data, "target_sha256": target.digest, "base_set_size": str(settings.m),
             "epsilon": repr(settings.epsilon), "selection": settings.selection.value, "seed": str(settings.seed),
-            "head": settings.head.value,
+            "head": settings.head.value, "law": settings.law.value,
             "parameters": str(found.parameters), "target_parameters": str(found.target_parameters),
         },
     )  # fmt: skip

@@ -160,8 +160,8 @@ def _sampled(path: Path, target: targets_at.Target) -> _Candidate:
         "kind": "sampled", "input_range": list(target.input_range), "construction": "sampled",
         "base_set_size": int(said["base_set_size"]),
         "epsilon": float(said["epsilon"]), "selection": said["selection"], "seed": int(said["seed"]),
-        "head": said.get("head", "construct"),
-        "law": "uniform", "scaling": "unit", "batch_norm": "keep", "pair_kernel": 1, "pair_stride": "second",
+        "head": said.get("head", "construct"), "law": said.get("law", "uniform"),
+        "scaling": "unit", "batch_norm": "keep", "pair_kernel": 1, "pair_stride": "second",
         "target_parameters": int(said["target_parameters"]), "ticket_parameters": int(said["parameters"]),
         "source_parameters": None, "max_parameter_error": None, "construction_seconds": None, "problems": None,
     }  # fmt: skip

@@ -10,18 +10,18 @@ of at most B in magnitude which deviate by at most D, deviates in any output by 
 
 the last part being the linearisation of a pair whose activation is linear near 0 only. In L+1, behind the first layer,
 the first part is another one: the slots of a channel deviate each on its own, and a sum of up to m entries of up to 1,
-for every parameter, passes on up to m n D. (The proof of Theorem 3.2, equation (13), has N D there, as if all slots of
-a channel deviated alike. The theorem can be mended: epsilon_l becomes smaller by a factor of m for each layer behind l,
-of which only the logarithm enters the width. What it hides is how tickets of deep networks fail, as the README says
-under "Deep tickets that work": sum |w_s| and not |W| is what deviations grow with.) Each part gets the same share of
-what the layer may deviate. Behind it an activation divides by its Lipschitz constant, batch norm by its largest scale,
-and a sum halves. The paper says the same with N, the number of parameters of the whole layer, for n and for sum |w|,
-which needs |x| <= 1 and |w| <= 1 (it takes both for granted, and in Theorem 3.2 a first layer that is exactly linear):
-form "theorem" gives its epsilon_l, form "norms", the default, what the target's own norms and interval bounds of its
-activations give. That one holds for any target, and is larger wherever the paper's assumptions hold. With skips
-epsilon_l of form "theorem" is another one than the paper's: it counts the skips' parameters beside the layer's, (T N_w
-+ N_m) in equation (14), where here a sum halves what its summands may deviate, which then go on each by itself. Both
-are sound.
+for every parameter, passes on up to m n D (5.42 times as much of a normal source, `ltx.source.LAWS`). (The proof of
+Theorem 3.2, equation (13), has N D there, as if all slots of a channel deviated alike. The theorem can be mended:
+epsilon_l becomes smaller by a factor of m for each layer behind l, of which only the logarithm enters the width. What
+it hides is how tickets of deep networks fail, as the README says under "Deep tickets that work": sum |w_s| and not |W|
+is what deviations grow with.) Each part gets the same share of what the layer may deviate. Behind it an activation
+divides by its Lipschitz constant, batch norm by its largest scale, and a sum halves. The paper says the same with N,
+the number of parameters of the whole layer, for n and for sum |w|, which needs |x| <= 1 and |w| <= 1 (it takes both for
+granted, and in Theorem 3.2 a first layer that is exactly linear): form "theorem" gives its epsilon_l, form "norms", the
+default, what the target's own norms and interval bounds of its activations give. That one holds for any target, and is
+larger wherever the paper's assumptions hold. With skips epsilon_l of form "theorem" is another one than the paper's: it
+counts the skips' parameters beside the layer's, (T N_w + N_m) in equation (14), where here a sum halves what its
+summands may deviate, which then go on each by itself. Both are sound.
 
 **Chance of a subset.** Corollary 2.2: of m numbers a subset sum is within epsilon of theta, |theta| <= 1, with
 probability at least 1 - delta', if m >= C log(1 / min(epsilon, delta')). A union bound over rho problems needs
@@ -37,6 +37,8 @@ signs are random. Here it has so many rows that m of each sign that is needed ar
 for which half of delta is set aside. The layers behind have a row for each of their channels, m times as many in L+1.
 
 C is a measurement (`ltx/subset_sum/limits.py`), not a theorem: Lueker's proof gives none. A guarantee is as good as it.
+Of a normal source it is smaller, so that fewer rows are enough, although theta = 1 is one standard deviation and
+entries may be larger than a uniform source's, which deviations of slots grow with.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from torch import nn
 from ltx.constructions.layout import IMAGE, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, trace
-from ltx.subset_sum.limits import PRODUCT, UNIFORM
+from ltx.subset_sum.limits import CONSTANTS, Constants
 from ltx.theory.errors import budgets, ticket_error
 from ltx.theory.parts import check, parts_of, require_within_reach
 from ltx.theory.widths import base_set_size, copies_of, problems_of, rows_of, slots_of
@@ -109,7 +111,7 @@ class Guarantee:
 def guarantee(
     model: nn.Module | Graph, error: float, delta: float, *, construction: str,
     input_range: tuple[float, float] = (-1.0, 1.0), head: str = "keep", scaling: str = "unit", form: str = "norms",
-    uniform: float = UNIFORM, product: float = PRODUCT,
+    law: str = "uniform", single: float | None = None, product: float | None = None,
     same_size: bool = False, pair_kernel: int = 1, pair_stride: str = "second",
 ) -> Guarantee:  # fmt: skip
     """The widths of a source that contains a ticket with an error of at most `error` with probability 1 - delta.
@@ -117,7 +119,9 @@ def guarantee(
     Args:
         error: largest deviation of any output over all inputs in `input_range`.
         form: of the error of a parameter, see above.
-        uniform, product: C of Corollary 2.2 for base sets of uniform numbers and of products of two.
+        law: of the source's parameters, as `ltx.construct` has it.
+        single, product: C of Corollary 2.2 for base sets of parameters and of products of two; by default those that
+            were measured for the law (`ltx.subset_sum.limits.CONSTANTS`).
         same_size: one m for all layers, as `ltx.construct` has it.
         pair_kernel, pair_stride: see `ltx.construct`.
 
@@ -127,12 +131,12 @@ def guarantee(
     graph = trace(model)
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
     check(0 < delta < 1, f"delta {delta:g} must lie between 0 and 1")
-    check(min(uniform, product) > 0, f"the constants C, {uniform:g} and {product:g}, must be positive")
     check(-math.inf < input_range[0] < input_range[1] < math.inf, f"input_range {input_range} must be finite")
     check(form in FORMS, f"form '{form}' is not known; there are {', '.join(FORMS)}")
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, 0.0, kept=kept)
-    parts = parts_of(graph, joined, construction, kept, input_range, scaling, pair_kernel, pair_stride)
+    parts = parts_of(graph, joined, construction, kept, input_range, scaling, law, pair_kernel, pair_stride)
+    known = _constants(law, single, product)
     require_within_reach(parts)
     signed = [part for part in parts.values() if part.pair and part.signed]
     delta_sums = delta / 2 if signed else delta
@@ -140,9 +144,9 @@ def guarantee(
     while True:  # m rises with rho, and in L+1 rho and 1 / epsilon with m, but with their logarithms alone
         allowed, epsilons = budgets(graph, parts, error, construction, form, sizes)
         problems = problems_of(parts, joined, sizes, construction)
-        single = delta_sums / max(1, sum(problems.values()))
+        chance = delta_sums / max(1, sum(problems.values()))
         needed = {
-            name: base_set_size(epsilons[name] / part.scale, single, product if part.pair else uniform)
+            name: base_set_size(epsilons[name] / part.scale, chance, known.product if part.pair else known.single)
             for name, part in parts.items()
         }
         if same_size:
@@ -177,8 +181,8 @@ def guarantee(
 @usual_defaults()
 def failure_probability(
     model: nn.Module | Graph, base_set_size: int, epsilon: float, *, construction: str,
-    input_range: tuple[float, float] = (-1.0, 1.0), head: str = "keep", scaling: str = "unit",
-    uniform: float = UNIFORM, product: float = PRODUCT,
+    input_range: tuple[float, float] = (-1.0, 1.0), head: str = "keep", scaling: str = "unit", law: str = "uniform",
+    single: float | None = None, product: float | None = None,
 ) -> float:  # fmt: skip
     """A delta: with m and epsilon everywhere, no row is given up with probability at least 1 - delta.
 
@@ -190,11 +194,23 @@ def failure_probability(
     graph = trace(model)
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, epsilon, kept=kept)
-    parts = parts_of(graph, joined, construction, kept, input_range, scaling)
+    parts = parts_of(graph, joined, construction, kept, input_range, scaling, law)
+    known = _constants(law, single, product)
     require_within_reach(parts)
     problems = problems_of(parts, joined, dict.fromkeys(parts, base_set_size), construction)
     total = 0.0
     for name, part in parts.items():
-        chance = math.exp(-base_set_size / (product if part.pair else uniform))
+        chance = math.exp(-base_set_size / (known.product if part.pair else known.single))
         total += problems[name] * (chance if epsilon / part.scale >= chance else 1.0)
     return min(1.0, total)
+
+
+def _constants(law: str, single: float | None, product: float | None) -> Constants:
+    """Those that are given, else the measured ones of the law."""
+    measured = CONSTANTS[law]
+    found = Constants(measured.single if single is None else single, measured.product if product is None else product)
+    check(
+        min(found.single, found.product) > 0,
+        f"the constants C, {found.single:g} and {found.product:g}, must be positive",
+    )
+    return found

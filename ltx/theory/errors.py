@@ -32,7 +32,7 @@ def budgets(
             if form == "theorem":
                 shares, count = 3 if construction == "2L" else 2, max(1, part.parameters)
                 epsilon = mine / (shares * count)
-                inside = epsilon / (sizes[node.name] if part.several else 1)
+                inside = epsilon / (sizes[node.name] * part.reach if part.several else 1)
             else:
                 shares = 1 + (part.reads != IMAGE) + (not part.linear)
                 row = max(1, part.largest_row)
@@ -58,6 +58,7 @@ def ticket_error(
     input_range: tuple[float, float] = (-1.0, 1.0),
     head: str = "keep",
     scaling: str = "unit",
+    law: str = "uniform",
 ) -> float:
     """A bound of the outputs' deviation where every parameter of a layer is within its epsilon: `budgets` forwards.
 
@@ -66,11 +67,12 @@ def ticket_error(
     Args:
         epsilons: layer -> error of its parameters.
         sizes: layer -> its m: a parameter is a sum of at most so many entries.
+        law: of the source's parameters, which says how large an entry may be.
     """
     graph = trace(model)
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, math.inf, kept=kept)  # who reads whom: that constants can be made is the ticket's business
-    parts = parts_of(graph, joined, construction, kept, input_range, scaling)
+    parts = parts_of(graph, joined, construction, kept, input_range, scaling, law)
     deviation: dict[str, float] = {}
     for node in graph.nodes:
         inside = [deviation[name] for name in node.inputs]

@@ -16,6 +16,7 @@ from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
 from ltx.graph import Graph, Layer
 from ltx.intervals import channel_intervals
+from ltx.source import LAWS
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Part:
     exact: bool  # whether the pair is exactly linear on either side of 0
     largest_input: float
     scale: float
+    reach: float  # no entry of its base sets is larger in magnitude than so many times the scale
     geometry: PairGeometry | None  # of a pair
 
     @property
@@ -72,17 +74,18 @@ class Part:
     def gain(self, epsilon: float, m: int) -> float:
         """By how much the sum of a row's entries may enlarge the deviation of what it reads."""
         if self.several:
-            return self.largest_row * m * self.scale
+            return self.largest_row * m * self.reach * self.scale
         off = epsilon if self.linear else 2 * epsilon  # linear near 0 only: off in proportion to what is read
         return float(self.weight.flatten(1).abs().sum(1).max()) + self.largest_row * off
 
 
 def parts_of(
     graph: Graph, joined: Layout, construction: str, kept: Sequence[str], input_range: tuple[float, float],
-    scaling: str, kernel: int = 1, stride: str = "second",
+    scaling: str, law: str, kernel: int = 1, stride: str = "second",
 ) -> dict[str, Part]:  # fmt: skip
     """The layers that are approximated, in their order."""
     check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
+    check(law in LAWS, f"law '{law}' is not known; there are {', '.join(LAWS)}")
     bounds, found = channel_intervals(graph, input_range), {}
     for name, layer in graph.layers.items():
         if name in kept:
@@ -98,14 +101,14 @@ def parts_of(
             weight = weight[:, :, None]
         scale, pair = layer_scale(layer, scaling), construction == "2L" or reads == IMAGE
         phi = pair_activation(graph, name) if pair else ACTIVATIONS["identity"]
-        law = pair_law(phi, bool((inside.low >= 0).all()))
+        rows = pair_law(phi, bool((inside.low >= 0).all()))
         taps, geometry = weight.shape[2], None
         if pair:
             image = layer.kind == "conv" or taps > 1
             geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride)
         found[name] = Part(
-            layer, weight, reads, joined.stream[name], pair, len(law.signs), law.signs != (0,), law.opposite, phi.exact,
-            float(inside.magnitude.max()), scale, geometry,
+            layer, weight, reads, joined.stream[name], pair, len(rows.signs), rows.signs != (0,), rows.opposite,
+            phi.exact, float(inside.magnitude.max()), scale, LAWS[law].largest, geometry,
         )  # fmt: skip
     return found
 
