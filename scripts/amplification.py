@@ -1,6 +1,6 @@
 """How much a subset sum amplifies independent deviations of its slots, g = sqrt(E sum w^2 / E W^2), if solved.
 
-python scripts/amplification.py [uniform | product | normal]
+python scripts/amplification.py [uniform | product | normal | normal_product]
 """
 
 import sys

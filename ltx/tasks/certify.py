@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def run(settings: Settings) -> Path:
         "starts": settings.certify.starts, "steps": settings.certify.steps, **how,
     }  # fmt: skip
     there = None if settings.force else read_result(written, about)
-    if there is not None:
+    if there is not None and (ticket.feedback or there["theorem"] is not None):  # an earlier ltx had none for some
         log.info("%s: there already; force=true certifies again", written)
         _print(there)
         return written
@@ -136,17 +137,18 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, graph
 
 
 def _theorem(ticket: Ticket, graph: Graph, *, scaling: str) -> float | None:
-    """What the theorem's argument gives for parameters within epsilon; None for other tickets."""
+    """What the theorem's argument gives for parameters within epsilon; None for other tickets, or beyond float64."""
     if ticket.feedback:
         return None
     epsilons, sizes = (
         dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
     )  # fmt: skip
     head = "keep" if any(node.op == "given" for node in ticket.graph) else "construct"
-    return theory.ticket_error(
+    found = theory.ticket_error(
         graph, epsilons, sizes, construction=ticket.construction, head=head, scaling=scaling, law=ticket.law,
         input_range=(ticket.input_low, ticket.input_high),
     )  # fmt: skip
+    return found if math.isfinite(found) else None
 
 
 def _rows(proven: Certificate, seen: Certificate, found: dict[str, Tensor]) -> list[dict]:
@@ -171,7 +173,12 @@ def _print(result: dict) -> None:
     shown = table.astype(object).map(lambda v: "–" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else v)
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
     theorem = result["theorem"]
-    said = "nothing, no parameter is within epsilon" if theorem is None else f"{theorem:.4g}"
+    if theorem is not None:
+        said = f"{theorem:.4g}"
+    elif result["selection"] == "feedback":
+        said = "nothing, no parameter is within epsilon"
+    else:
+        said = "nothing, it is too large for float64"
     print(
         f"No output is off by more than {result['certificate']:.4g} for any input with elements in "
         f"[{result['input_range'][0]:.4g}, {result['input_range'][1]:.4g}]\n"

@@ -24,13 +24,18 @@ counts the skips' parameters beside the layer's, (T N_w + N_m) in equation (14),
 summands may deviate, which then go on each by itself. Both are sound.
 
 **Chance of a subset.** Corollary 2.2: of m numbers a subset sum is within epsilon of theta, |theta| <= 1, with
-probability at least 1 - delta', if m >= C log(1 / min(epsilon, delta')). A union bound over rho problems needs
-delta' = delta / rho. Theorem 3.2 states rho delta / N_l, its proof delta / rho: the proof is right, since rho is at
-least the number of problems, and more of them must make each one's chance smaller, not larger. (The statement's would
-allow failures that add up to more than delta.) Theorem 3.1 has log(N / min(epsilon_l, delta)): sufficient in epsilon,
-where N is counted twice, but not in delta, because inputs of both signs make 2 N problems (Corollary C.1's proof says
-so). Here the problems are counted, and m is the least that is enough. In L+1 rho depends on m, because layers are made
-m times: the smallest solution is found by iteration, for which the paper bounds rho by C N^(1 + gamma) log(...).
+probability at least 1 - delta', if m >= C log(1 / min(epsilon, delta')). A union bound over rho problems needs delta' =
+delta / rho. Theorem 3.2 states rho delta / N_l, its proof delta / rho: the proof is right, since rho is at least the
+number of problems, and more of them must make each one's chance smaller, not larger. (The statement's would allow
+failures that add up to more than delta.) Theorem 3.1 has log(N / min(epsilon_l, delta)): sufficient in epsilon, where N
+is counted twice, but not in delta, because inputs of both signs make 2 N problems (Corollary C.1's proof says so). Here
+the problems are counted, and m is the least that is enough. theta is a parameter in units of its base set: of the
+scale, and for a bias of the constants, too, that it is a sum of, which are phi(0), a batch norm's shift, or what a row
+that sums to 1 becomes behind these (the paper takes them for 1). Beyond theta = 1, of which the corollary does not
+speak, some numbers are set aside, so many that a subset of them brings the rest within 1 but for half of delta'
+(Chernoff's bound, `widths.strides`), and the corollary holds for the others; up to 1.25 a larger C was measured, too.
+In L+1 rho depends on m, because layers are made m times: the smallest solution is found by iteration, for which the
+paper bounds rho by C N^(1 + gamma) log(...).
 
 **Width.** In 2L the paper asks for C c log(...) rows of the 1x1 layer; as many are needed of each sign of lambda, whose
 signs are random. Here it has so many rows that m of each sign that is needed are among them, again with a union bound,
@@ -44,19 +49,24 @@ entries may be larger than a uniform source's, which deviations of slots grow wi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from ltx.constructions.layout import IMAGE, layout
+from ltx.constructions.layout import IMAGE, Layout, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, trace
 from ltx.subset_sum.limits import CONSTANTS, Constants
+from ltx.subset_sum.statistics import PRODUCTS
 from ltx.theory.errors import budgets, ticket_error
-from ltx.theory.parts import check, parts_of, require_within_reach
-from ltx.theory.widths import base_set_size, copies_of, problems_of, rows_of, slots_of
+from ltx.theory.parts import Demand, Part, check, parts_of
+from ltx.theory.widths import base_set_size, chance_of_none, copies_of, enough, problems_of, rows_of, slots_of
 
-__all__ = ["FORMS", "Guarantee", "LayerBound", "base_set_size", "failure_probability", "guarantee", "ticket_error"]
+__all__ = [
+    "FORMS", "Guarantee", "LayerBound", "base_set_size", "constants", "failure_probability", "guarantee",
+    "ticket_error",
+]  # fmt: skip
 
 FORMS = ("norms", "theorem")
 
@@ -126,7 +136,8 @@ def guarantee(
         pair_kernel, pair_stride: see `ltx.construct`.
 
     Raises:
-        LtxError: an error, a probability or a constant without meaning, or parameters beyond the reach of base sets.
+        LtxError: an error, a probability or a constant without meaning; constants that may be 0; a network so deep
+            that an epsilon is 0 in float64.
     """
     graph = trace(model)
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
@@ -136,8 +147,7 @@ def guarantee(
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, 0.0, kept=kept)
     parts = parts_of(graph, joined, construction, kept, input_range, scaling, law, pair_kernel, pair_stride)
-    known = _constants(law, single, product)
-    require_within_reach(parts)
+    known = _bases(law, single, product)
     signed = [part for part in parts.values() if part.pair and part.signed]
     delta_sums = delta / 2 if signed else delta
     sizes = dict.fromkeys(parts, 1)
@@ -145,9 +155,14 @@ def guarantee(
         allowed, epsilons = budgets(graph, parts, error, construction, form, sizes)
         problems = problems_of(parts, joined, sizes, construction)
         chance = delta_sums / max(1, sum(problems.values()))
+        asked = _demands(parts, joined, epsilons)
+        for name, (_, demands) in asked.items():
+            check(epsilons[name] > 0, f"layer {name}: so many layers are behind it that its epsilon is 0 in float64")
+            why = f"layer {name}: the constants that its biases are made of may be 0; give a smaller error"
+            check(all(demand.unit > 0 for demand in demands), why)
         needed = {
-            name: base_set_size(epsilons[name] / part.scale, chance, known.product if part.pair else known.single)
-            for name, part in parts.items()
+            name: max(enough(d, epsilons[name], chance, *known[part.pair]) for d in demands)
+            for name, (part, demands) in asked.items()
         }
         if same_size:
             needed = dict.fromkeys(needed, max(needed.values()))
@@ -189,24 +204,40 @@ def failure_probability(
     The other way round: rho exp(-m / C), where Corollary 2.2 says anything, i.e. epsilon >= exp(-m / C); 1 elsewhere.
 
     Raises:
-        LtxError: parameters beyond the reach of base sets.
+        LtxError: arguments without meaning.
     """
     graph = trace(model)
     kept = graph.head if head == "keep" else ()
     joined = layout(graph, epsilon, kept=kept)
     parts = parts_of(graph, joined, construction, kept, input_range, scaling, law)
-    known = _constants(law, single, product)
-    require_within_reach(parts)
+    known = _bases(law, single, product)
     problems = problems_of(parts, joined, dict.fromkeys(parts, base_set_size), construction)
     total = 0.0
-    for name, part in parts.items():
-        chance = math.exp(-base_set_size / (known.product if part.pair else known.single))
-        total += problems[name] * (chance if epsilon / part.scale >= chance else 1.0)
+    for name, (part, demands) in _demands(parts, joined, dict.fromkeys(parts, epsilon)).items():
+        if problems[name]:
+            chance = max(chance_of_none(d, epsilon, base_set_size, *known[part.pair]) for d in demands)
+            total += problems[name] * chance
     return min(1.0, total)
 
 
-def _constants(law: str, single: float | None, product: float | None) -> Constants:
-    """Those that are given, else the measured ones of the law."""
+def _demands(
+    parts: Mapping[str, Part], joined: Layout, epsilons: Mapping[str, float]
+) -> dict[str, tuple[Part, tuple[Demand, ...]]]:
+    """What each layer asks of its base sets."""
+    found = {}
+    for name, part in parts.items():
+        makers = joined.writers[part.reads] if part.reads != IMAGE else ()
+        found[name] = part, part.demands(epsilons.get(makers[0], 0.0) if makers else 0.0)
+    return found
+
+
+def constants(law: str, single: float | None = None, product: float | None = None) -> Constants:
+    """C of Corollary 2.2: what is given, else what was measured for a source of that law.
+
+    Raises:
+        LtxError: a law that is not known, a constant that is not positive.
+    """
+    check(law in CONSTANTS, f"law '{law}' is not known; there are {', '.join(CONSTANTS)}")
     measured = CONSTANTS[law]
     found = Constants(measured.single if single is None else single, measured.product if product is None else product)
     check(
@@ -214,3 +245,9 @@ def _constants(law: str, single: float | None, product: float | None) -> Constan
         f"the constants C, {found.single:g} and {found.product:g}, must be positive",
     )
     return found
+
+
+def _bases(law: str, single: float | None, product: float | None) -> tuple[tuple[float, str], tuple[float, str]]:
+    """C and law of the base sets of a layer on its own, and of a pair."""
+    found = constants(law, single, product)
+    return (found.single, law), (found.product, PRODUCTS[law])

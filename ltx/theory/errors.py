@@ -12,6 +12,7 @@ from ltx.defaults import usual_defaults
 from ltx.graph import Graph, Node, trace
 from ltx.theory.parts import Part, parts_of
 
+CONSTANTS_WITHIN = 0.5  # of 1 a row has to be that makes constants, where nothing else asks for less
 NOTHING = 1e-300  # in place of 0, the gain of layers and batch norms that are zero
 
 
@@ -38,7 +39,7 @@ def budgets(
                 row = max(1, part.largest_row)
                 epsilon = min(mine / (shares * row * max(part.largest_input, 1.0)), part.scale)
                 inside = mine / max(shares * part.gain(epsilon, sizes[node.name]), NOTHING)
-            epsilons[node.name] = min(epsilon, part.scale)
+            epsilons[node.name] = min(epsilon, part.scale, CONSTANTS_WITHIN if part.makes_constants else math.inf)
         elif node.layer is not None:  # a head that is kept
             inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), NOTHING)
         else:

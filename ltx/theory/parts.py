@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
 from ltx.constructions.builder import layer_scale
-from ltx.constructions.layout import IMAGE, Layout
+from ltx.constructions.layout import IMAGE, Layout, constant_value
 from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
 from ltx.graph import Graph, Layer
 from ltx.intervals import channel_intervals
 from ltx.source import LAWS
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Parameters of a layer that are sums of base sets of one size."""
+
+    largest: float  # magnitude of a parameter
+    unit: float  # base sets are so many times numbers of the law
+
+    @property
+    def theta(self) -> float:
+        """The largest target, as Corollary 2.2 has it."""
+        return self.largest / self.unit if self.unit else math.inf
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,18 @@ class Part:
     scale: float
     reach: float  # no entry of its base sets is larger in magnitude than so many times the scale
     geometry: PairGeometry | None  # of a pair
+    largest_sum: float  # of constants: a bias, or 1 where a row makes new ones; 0: it reads none
+    makes_constants: bool  # whether a row does
+    constant: Callable[[float], float]  # deviation of the row that makes them -> the least that constants count for
+
+    def demands(self, off: float) -> tuple[Demand, ...]:
+        """Weights, then what is made of constants, whose base sets are so many times as large as the constants are.
+
+        Args:
+            off: by how much the row may be off that makes the constants which the layer reads.
+        """
+        found = (Demand(float(self.weight.abs().max()), self.scale),)
+        return (*found, Demand(self.largest_sum, self.scale * self.constant(off))) if self.largest_sum else found
 
     @property
     def copied(self) -> int:
@@ -84,8 +111,8 @@ def parts_of(
     scaling: str, law: str, kernel: int = 1, stride: str = "second",
 ) -> dict[str, Part]:  # fmt: skip
     """The layers that are approximated, in their order."""
-    check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
     check(law in LAWS, f"law '{law}' is not known; there are {', '.join(LAWS)}")
+    check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
     bounds, found = channel_intervals(graph, input_range), {}
     for name, layer in graph.layers.items():
         if name in kept:
@@ -106,19 +133,31 @@ def parts_of(
         if pair:
             image = layer.kind == "conv" or taps > 1
             geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride)
+        how = joined.constants.get(joined.stream[name])
+        makes = how is not None and how.sums and joined.writers[joined.stream[name]][0] == name
+        largest_sum = max(float(layer.bias.abs().max()), float(makes)) if name in joined.needs else 0.0
+        share = phi.slope_pos / rows.gain if len(rows.signs) == 2 else 1.0  # theirs is one of two base sets
         found[name] = Part(
             layer, weight, reads, joined.stream[name], pair, len(rows.signs), rows.signs != (0,), rows.opposite,
-            phi.exact, float(inside.magnitude.max()), scale, LAWS[law].largest, geometry,
+            phi.exact, float(inside.magnitude.max()), scale, LAWS[law].largest, geometry, largest_sum, makes,
+            partial(_constant, graph, joined, before, share),
         )  # fmt: skip
     return found
 
 
-def require_within_reach(parts: Mapping[str, Part]) -> None:
-    """LtxError where a parameter is beyond the scale of its layer's base sets: Corollary 2.2 says nothing of it."""
-    for name, part in parts.items():
-        largest = max(float(part.layer.weight.abs().max()), float(part.layer.bias.abs().max()))
-        why = f"layer {name}: a parameter of {largest:g} is beyond {part.scale:g}; use scaling=layer_max"
-        check(largest <= part.scale, why)
+def _constant(graph: Graph, joined: Layout, place: str, share: float, off: float) -> float:
+    """The least magnitude of constants at a node of the target, times `share`; those beside the image are 1.
+
+    Args:
+        off: by how much the row may be off that sums them to 1.
+    """
+    how = joined.constants.get(joined.stream[place])
+    if how is None:
+        return share
+    first = joined.writers[joined.stream[place]][0]
+    ends = torch.tensor([1 - off, 1 + off], dtype=torch.float64) * float(how.sums)
+    values = constant_value(graph, place, {first: ends}, torch.full((2,), how.norm))
+    return share * float(values.abs().min()) * bool(values[0] * values[1] > 0)
 
 
 def check(holds: bool, why: str) -> None:

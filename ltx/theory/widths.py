@@ -5,19 +5,82 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from ltx.constructions.layout import Layout
-from ltx.theory.parts import Part
+from ltx.subset_sum.limits import GROWTH, NEAR
+from ltx.theory.parts import Demand, Part
 
 ROUNDED = 1e-7  # of a chance: more than its sum may be rounded by
+QUANTILES = 1000
 
 
 def base_set_size(epsilon: float, delta: float, constant: float) -> int:
     """m >= C log(1 / min(epsilon, delta)) (Corollary 2.2), and at least 1."""
     least = min(epsilon, delta)
     return max(1, math.ceil(-constant * math.log(least))) if least < 1 else 1
+
+
+def enough(demand: Demand, epsilon: float, delta: float, constant: float, law: str) -> int:
+    """m with which a subset sum is within epsilon of any of these parameters, but for delta.
+
+    Beyond theta = 1, of which the corollary speaks, C is larger as far as that was measured. Anywhere, `strides`
+    numbers bring the rest of a parameter within 1, and it holds for the others, each but for half of delta.
+
+    Args:
+        law: of base sets, one of `ltx.subset_sum.statistics.LAWS`.
+    """
+    epsilon, beyond = epsilon / demand.unit, demand.theta - 1
+    if beyond <= 0:
+        return base_set_size(epsilon, delta, constant)
+    parted = base_set_size(epsilon, delta / 2, constant) + strides(beyond, delta / 2, law)
+    if demand.theta > NEAR:
+        return parted
+    return min(parted, base_set_size(epsilon, delta, constant * (1 + GROWTH * beyond)))
+
+
+def chance_of_none(demand: Demand, epsilon: float, m: int, constant: float, law: str) -> float:
+    """A delta for which m are `enough`, however the numbers are shared out; 1 where there is none."""
+    if not demand.unit:
+        return 1.0
+    epsilon, beyond = epsilon / demand.unit, demand.theta - 1
+    if beyond <= 0:
+        return _corollary(epsilon, m, constant)
+    t, log_mean = _transform(law)
+    first = torch.arange(m)  # so many numbers bring it within 1
+    short = (t * beyond + first[:, None] * log_mean).amin(1).exp()
+    rest = torch.tensor([_corollary(epsilon, m - n, constant) for n in range(m)], dtype=torch.float64)
+    near = _corollary(epsilon, m, constant * (1 + GROWTH * beyond)) if demand.theta <= NEAR else 1.0
+    return min(near, float((short + rest).min()))
+
+
+def _corollary(epsilon: float, m: int, constant: float) -> float:
+    chance = math.exp(-m / constant)
+    return chance if epsilon >= chance else 1.0
+
+
+def strides(distance: float, delta: float, law: str) -> int:
+    """So many numbers have a subset whose sum is in [distance, distance + 2), but for delta.
+
+    Those in (0, 2] are added as long as the sum falls short of the distance. They add up to less with a probability of
+    at most exp(t distance) E[exp(-t Y)]^n for every t > 0 (Chernoff), Y being such a number, and 0 for all others.
+    """
+    t, log_mean = _transform(law)
+    return math.ceil(float(((t * distance - math.log(delta)) / -log_mean).min()))
+
+
+@lru_cache
+def _transform(law: str) -> tuple[Tensor, Tensor]:
+    """Some t, and log E[exp(-t Y)] with Y = X where 0 < X <= 2 and 0 elsewhere: the mean over quantiles of the law."""
+    middle = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
+    one = torch.special.ndtri(middle) if law.startswith("normal") else 2 * middle - 1
+    numbers = (one[:, None] * one).flatten() if law.endswith("product") else one
+    numbers = torch.where((numbers > 0) & (numbers <= 2), numbers, 0.0)
+    t = torch.logspace(-2, 3, 51, dtype=torch.float64)
+    return t, torch.stack([(-each * numbers).exp().mean().log() for each in t])
 
 
 def slots_of(
