@@ -19,7 +19,7 @@ from ltx.graph import run, trace
 from ltx.intervals import channel_intervals
 from ltx.source import LAWS
 from ltx.subset_sum import sample
-from ltx.subset_sum.limits import CONSTANTS
+from ltx.subset_sum.limits import CONSTANTS, GROWTH, NEAR
 from ltx.subset_sum.statistics import PRODUCTS, draw
 from ltx.theory.parts import Demand, parts_of
 from ltx.theory.widths import chance_of_none, enough, rows_of_signs, strides
@@ -286,6 +286,19 @@ def test_the_constants_of_the_corollary_hold_for_every_m(law, product):
         assert other - 0.01 <= hardest <= epsilon, m
         shares[m] = hardest / epsilon
     assert max(shares.values()) > 0.9  # not larger than it has to be
+
+
+@pytest.mark.parametrize("theta", [1.05, NEAR])
+def test_how_much_larger_the_constants_are_beyond_1(theta):
+    most = 0.0
+    for law, constants in CONSTANTS.items():
+        for of, constant in ((law, constants.single), (PRODUCTS[law], constants.product)):
+            for m in range(1, 11):
+                epsilon = math.exp(-m / (constant * (1 + GROWTH * (theta - 1))))
+                failing = 1 - sample(of, m, epsilon, problems=20_000, theta=theta, seed=1).solved.mean()
+                assert failing <= epsilon, (of, m)
+                most = max(most, failing / epsilon)
+    assert most > 0.9
 
 
 @both
