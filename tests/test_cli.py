@@ -322,7 +322,9 @@ def test_every_experiment_composes(ltx):
             assert "is a sweep" not in ltx(*flags, f"experiment={path.stem}", "--cfg", "job")[2]
 
 
-def test_environment_is_left_as_it_was(ltx):
+def test_environment_is_left_as_it_was(ltx, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")  # what the command itself sets, for the whole process
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     before = dict(os.environ)
     ltx("construct", "m=0")
     assert dict(os.environ) == before

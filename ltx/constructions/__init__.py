@@ -13,7 +13,7 @@ from ltx.checks import outside, real, seed_of, whole
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
-from ltx.constructions.layout import constant_value, layout
+from ltx.constructions.layout import constant_value, layout, nonnegative
 from ltx.constructions.streams import Stream
 from ltx.constructions.strides import STRIDES
 from ltx.constructions.two_for_one import pair_activation, two_for_one
@@ -202,13 +202,14 @@ class _Walk:
     def run(self, input_range: tuple[float, float], on_layer: Callable[[str], None]) -> None:
         lo, hi = input_range
         places: dict[str, Place] = {}
+        never_negative = nonnegative(self.graph, input_range)
         for position, node in enumerate(self.graph.nodes):
             inputs = [places[name] for name in node.inputs]
             if self.builder.calibration:
                 self.builder.calibration.advance(node)
             if node.op == "input":
                 name = self.builder.add_node("input", "input", ())
-                places[node.name] = Place(name, node.name, None, (), max(abs(lo), abs(hi)), lo >= 0)
+                places[node.name] = Place(name, node.name, None, (), max(abs(lo), abs(hi)))
             elif node.op == "layer":
                 beside = {target: place.node for target, place in places.items()}
                 places[node.name] = self._layer(node, inputs[0], beside)
@@ -218,6 +219,8 @@ class _Walk:
             else:
                 place = self._elementwise(node, inputs)
                 places[node.name] = replace(place, target=node.name, **self._constant(node))
+            if node.op != "output":
+                places[node.name] = replace(places[node.name], nonnegative=node.name in never_negative)
             if self.builder.calibration:
                 self._release(self.graph.nodes[position + 1 :])
 
@@ -277,7 +280,7 @@ class _Walk:
             low, high = phi.bounds(0.0 if place.nonnegative else -place.bound, place.bound)
             return replace(
                 place, node=builder.add_activation(node.name, place.node, phi),
-                bound=max(abs(low), abs(high)), nonnegative=low >= 0,
+                bound=max(abs(low), abs(high)),
             )  # fmt: skip
         if node.op == "batch_norm":
             norm = node.batch_norm
@@ -290,7 +293,7 @@ class _Walk:
             name = builder.add_batch_norm(node.name, place, norm, constant=how.norm if how else 0)
             bound = norm.scale.abs() * place.bound + norm.shift.abs()
             bound = float(bound.nan_to_num(nan=math.inf, posinf=math.inf).max())
-            return replace(place, node=name, bound=bound, nonnegative=False)
+            return replace(place, node=name, bound=bound)
         if node.op == "add":
             one, other = inputs
             if (one.flattened, one.vector) != (other.flattened, other.vector):
@@ -301,7 +304,6 @@ class _Walk:
             return replace(
                 place, node=builder.add_node(node.name, "add", (one.node, other.node)),
                 behind=tuple(dict.fromkeys(one.behind + other.behind)), bound=one.bound + other.bound,
-                nonnegative=one.nonnegative and other.nonnegative,
             )  # fmt: skip
         if node.op in POOLINGS:
             attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in node.attributes.items()}

@@ -7,6 +7,7 @@ writers, the layers whose rows are its slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,22 @@ def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
         if places and name != IMAGE:
             constants[name] = _constants(graph, writers[name], tuple(places))
     return Layout(stream, writers, constants, frozenset(needs))
+
+
+def nonnegative(graph: Graph, input_range: tuple[float, float]) -> frozenset[str]:
+    """Nodes whose values are never negative, whatever the parameters: what pairs that read them make use of."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        inside = all(name in found for name in node.inputs)
+        if node.op == "input":
+            inside = input_range[0] >= 0
+        elif node.op in ("layer", "batch_norm"):
+            inside = False
+        elif node.activation is not None:
+            inside = node.activation.bounds(0.0 if inside else -math.inf, math.inf)[0] >= 0
+        if inside:
+            found.add(node.name)
+    return frozenset(found)
 
 
 def _constants(graph: Graph, writers: tuple[str, ...], places: tuple[str, ...]) -> Constants:

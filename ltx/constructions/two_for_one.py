@@ -123,7 +123,9 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
             + ("; give every parameter one (feedback.bound)" if math.isinf(plan.within) else "")
         )
     reach = source.LAWS[plan.law].largest
-    sigma = linear_scale(phi, law, place.bound, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale, largest=reach)
+    # the biases of the first layer read constants of 1: phi has to be linear on these, too
+    largest = max(place.bound, 1.0) if step.biased and builder.depth == 0 else place.bound
+    sigma = linear_scale(phi, law, largest, m=plan.base_set_size, epsilon=plan.epsilon, scale=scale, largest=reach)
     if not sigma >= SMALLEST_SIGMA:
         raise ConstructionError(
             f"layer {name}: its inputs may be as large as {place.bound:.3g}, on which {phi.name} cannot be made linear "

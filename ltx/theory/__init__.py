@@ -31,11 +31,12 @@ failures that add up to more than delta.) Theorem 3.1 has log(N / min(epsilon_l,
 is counted twice, but not in delta, because inputs of both signs make 2 N problems (Corollary C.1's proof says so). Here
 the problems are counted, and m is the least that is enough. theta is a parameter in units of its base set: of the
 scale, and for a bias of the constants, too, that it is a sum of, which are phi(0), a batch norm's shift, or what a row
-that sums to 1 becomes behind these (the paper takes them for 1). Beyond theta = 1, of which the corollary does not
-speak, some numbers are set aside, so many that a subset of them brings the rest within 1 but for half of delta'
-(Chernoff's bound, `widths.strides`), and the corollary holds for the others; up to 1.25 a larger C was measured, too.
-In L+1 rho depends on m, because layers are made m times: the smallest solution is found by iteration, for which the
-paper bounds rho by C N^(1 + gamma) log(...).
+that sums to 1 becomes behind these (the paper takes them for 1; those of such rows are within their epsilon, so that
+theta is that of the least and epsilon that of the largest). Beyond theta = 1, of which the corollary does not speak,
+some numbers are set aside, so many that a subset of them brings the rest within 1 but for half of delta' (Chernoff's
+bound, `widths.strides`), and the corollary holds for the others; up to 1.25 a larger C was measured, too. In L+1 rho
+depends on m, because layers are made m times: the smallest solution is found by iteration, for which the paper bounds
+rho by C N^(1 + gamma) log(...).
 
 **Width.** In 2L the paper asks for C c log(...) rows of the 1x1 layer; as many are needed of each sign of lambda, whose
 signs are random. Here it has so many rows that m of each sign that is needed are among them, again with a union bound,
@@ -69,6 +70,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMS = ("norms", "theorem")
+MOST = 1_000_000  # m
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def guarantee(
         pair_kernel, pair_stride: see `ltx.construct`.
 
     Raises:
-        LtxError: an error, a probability or a constant without meaning; constants that may be 0; a network so deep
-            that an epsilon is 0 in float64.
+        LtxError: an error, a probability or a constant without meaning; constants that may be 0, or so small
+            that m is beyond a million; a network so deep that an epsilon is 0 in float64.
     """
     graph = trace(model)
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
@@ -150,25 +152,28 @@ def guarantee(
     known = _bases(law, single, product)
     signed = [part for part in parts.values() if part.pair and part.signed]
     delta_sums = delta / 2 if signed else delta
-    sizes = dict.fromkeys(parts, 1)
+    sizes, rows_vary = dict.fromkeys(parts, 1), False
     while True:  # m rises with rho, and in L+1 rho and 1 / epsilon with m, but with their logarithms alone
         allowed, epsilons = budgets(graph, parts, error, construction, form, sizes)
         problems = problems_of(parts, joined, sizes, construction)
         chance = delta_sums / max(1, sum(problems.values()))
-        asked = _demands(parts, joined, epsilons)
-        for name, (_, demands) in asked.items():
+        needed = {}
+        for name, (part, demands) in _demands(parts, joined, epsilons if rows_vary else {}).items():
             check(epsilons[name] > 0, f"layer {name}: so many layers are behind it that its epsilon is 0 in float64")
             why = f"layer {name}: the constants that its biases are made of may be 0; give a smaller error"
-            check(all(demand.unit > 0 for demand in demands), why)
-        needed = {
-            name: max(enough(d, epsilons[name], chance, *known[part.pair]) for d in demands)
-            for name, (part, demands) in asked.items()
-        }
+            check(all(demand.least > 0 for demand in demands), why)
+            why = f"layer {name}: the constants that its biases are made of are too small for an m of at most {MOST:,}"
+            check(all(demand.theta < MOST for demand in demands), why)
+            needed[name] = max(enough(d, epsilons[name], chance, *known[part.pair]) for d in demands)
+            check(needed[name] <= MOST, why)
         if same_size:
             needed = dict.fromkeys(needed, max(needed.values()))
-        if needed == sizes:
+        before, sizes = sizes, {name: max(m, sizes[name]) for name, m in needed.items()}
+        if sizes == before and rows_vary:
             break
-        sizes = needed
+        # rows of constants vary by epsilon: that is looked at when it is nearly what it will be, with sizes of 1 it is
+        # much larger. With a larger m it becomes smaller, so that m may be more than is needed; it is enough
+        rows_vary = rows_vary or sizes == before
     needs = sum(part.copied + 1 for part in signed)  # channels, and the constant
     slots, layers = slots_of(parts, joined, sizes, construction), []
     widths = {
@@ -201,7 +206,8 @@ def failure_probability(
 ) -> float:  # fmt: skip
     """A delta: with m and epsilon everywhere, no row is given up with probability at least 1 - delta.
 
-    The other way round: rho exp(-m / C), where Corollary 2.2 says anything, i.e. epsilon >= exp(-m / C); 1 elsewhere.
+    The other way round: rho exp(-m / C), where Corollary 2.2 says anything, i.e. epsilon >= exp(-m / C) and theta <= 1;
+    beyond theta = 1 what remains of m (`widths.chance_of_none`); 1 elsewhere.
 
     Raises:
         LtxError: arguments without meaning.
@@ -223,11 +229,11 @@ def failure_probability(
 def _demands(
     parts: Mapping[str, Part], joined: Layout, epsilons: Mapping[str, float]
 ) -> dict[str, tuple[Part, tuple[Demand, ...]]]:
-    """What each layer asks of its base sets."""
+    """What each layer asks of its base sets, where rows of constants are within these of 1."""
     found = {}
     for name, part in parts.items():
         makers = joined.writers[part.reads] if part.reads != IMAGE else ()
-        found[name] = part, part.demands(epsilons.get(makers[0], 0.0) if makers else 0.0)
+        found[name] = part, part.demands(max((epsilons.get(maker, 0.0) for maker in makers[:1]), default=0.0))
     return found
 
 

@@ -12,7 +12,7 @@ from ltx.defaults import usual_defaults
 from ltx.graph import Graph, Node, trace
 from ltx.theory.parts import Part, parts_of
 
-CONSTANTS_WITHIN = 0.5  # of 1 a row has to be that makes constants, where nothing else asks for less
+CONSTANTS_WITHIN = 0.2  # of 1 a row has to be that makes constants, where nothing else asks for less
 NOTHING = 1e-300  # in place of 0, the gain of layers and batch norms that are zero
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
 from ltx.constructions.builder import layer_scale
-from ltx.constructions.layout import IMAGE, Layout, constant_value
+from ltx.constructions.layout import IMAGE, Layout, constant_value, nonnegative
 from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
@@ -23,15 +23,16 @@ from ltx.source import LAWS
 
 @dataclass(frozen=True)
 class Demand:
-    """Parameters of a layer that are sums of base sets of one size."""
+    """Parameters of a layer, and what the entries of their base sets are: numbers of the law, each so many times."""
 
     largest: float  # magnitude of a parameter
-    unit: float  # base sets are so many times numbers of the law
+    least: float
+    most: float
 
     @property
     def theta(self) -> float:
         """The largest target, as Corollary 2.2 has it."""
-        return self.largest / self.unit if self.unit else math.inf
+        return self.largest / self.least if self.least else math.inf
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Part:
     geometry: PairGeometry | None  # of a pair
     largest_sum: float  # of constants: a bias, or 1 where a row makes new ones; 0: it reads none
     makes_constants: bool  # whether a row does
-    constant: Callable[[float], float]  # deviation of the row that makes them -> the least that constants count for
+    constant: Callable[[float], tuple[float, float]]  # deviation of the row that makes them -> what constants count for
 
     def demands(self, off: float) -> tuple[Demand, ...]:
         """Weights, then what is made of constants, whose base sets are so many times as large as the constants are.
@@ -61,8 +62,11 @@ class Part:
         Args:
             off: by how much the row may be off that makes the constants which the layer reads.
         """
-        found = (Demand(float(self.weight.abs().max()), self.scale),)
-        return (*found, Demand(self.largest_sum, self.scale * self.constant(off))) if self.largest_sum else found
+        weights = Demand(float(self.weight.abs().max()), self.scale, self.scale)
+        if not self.largest_sum:
+            return (weights,)
+        least, most = self.constant(off)
+        return weights, Demand(self.largest_sum, self.scale * least, self.scale * most)
 
     @property
     def copied(self) -> int:
@@ -113,7 +117,7 @@ def parts_of(
     """The layers that are approximated, in their order."""
     check(law in LAWS, f"law '{law}' is not known; there are {', '.join(LAWS)}")
     check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
-    bounds, found = channel_intervals(graph, input_range), {}
+    bounds, never_negative, found = channel_intervals(graph, input_range), nonnegative(graph, input_range), {}
     for name, layer in graph.layers.items():
         if name in kept:
             continue
@@ -128,7 +132,7 @@ def parts_of(
             weight = weight[:, :, None]
         scale, pair = layer_scale(layer, scaling), construction == "2L" or reads == IMAGE
         phi = pair_activation(graph, name) if pair else ACTIVATIONS["identity"]
-        rows = pair_law(phi, bool((inside.low >= 0).all()))
+        rows = pair_law(phi, before in never_negative)
         taps, geometry = weight.shape[2], None
         if pair:
             image = layer.kind == "conv" or taps > 1
@@ -145,19 +149,20 @@ def parts_of(
     return found
 
 
-def _constant(graph: Graph, joined: Layout, place: str, share: float, off: float) -> float:
-    """The least magnitude of constants at a node of the target, times `share`; those beside the image are 1.
+def _constant(graph: Graph, joined: Layout, place: str, share: float, off: float) -> tuple[float, float]:
+    """The least and the largest magnitude of constants at a node of the target, times `share`; 1 beside the image.
 
     Args:
         off: by how much the row may be off that sums them to 1.
     """
     how = joined.constants.get(joined.stream[place])
     if how is None:
-        return share
+        return share, share
     first = joined.writers[joined.stream[place]][0]
-    ends = torch.tensor([1 - off, 1 + off], dtype=torch.float64) * float(how.sums)
-    values = constant_value(graph, place, {first: ends}, torch.full((2,), how.norm))
-    return share * float(values.abs().min()) * bool(values[0] * values[1] > 0)
+    rows = torch.linspace(1 - off, 1 + off, 33, dtype=torch.float64) * float(how.sums)
+    values = constant_value(graph, place, {first: rows}, torch.full((33,), how.norm))
+    least = float(values.abs().min()) if values.min() > 0 or values.max() < 0 else 0.0
+    return share * least, share * float(values.abs().max())
 
 
 def check(holds: bool, why: str) -> None:

@@ -33,10 +33,11 @@ def enough(demand: Demand, epsilon: float, delta: float, constant: float, law: s
     Args:
         law: of base sets, one of `ltx.subset_sum.statistics.LAWS`.
     """
-    epsilon, beyond = epsilon / demand.unit, demand.theta - 1
+    epsilon, beyond = epsilon / demand.most, demand.theta - 1
     if beyond <= 0:
         return base_set_size(epsilon, delta, constant)
-    parted = base_set_size(epsilon, delta / 2, constant) + strides(beyond, delta / 2, law)
+    longest = 2 * demand.least / demand.most
+    parted = base_set_size(epsilon, delta / 2, constant) + strides(beyond, delta / 2, law, longest)
     if demand.theta > NEAR:
         return parted
     return min(parted, base_set_size(epsilon, delta, constant * (1 + GROWTH * beyond)))
@@ -44,17 +45,17 @@ def enough(demand: Demand, epsilon: float, delta: float, constant: float, law: s
 
 def chance_of_none(demand: Demand, epsilon: float, m: int, constant: float, law: str) -> float:
     """A delta for which m are `enough`, however the numbers are shared out; 1 where there is none."""
-    if not demand.unit:
+    if not demand.least:
         return 1.0
-    epsilon, beyond = epsilon / demand.unit, demand.theta - 1
+    epsilon, beyond = epsilon / demand.most, demand.theta - 1
     if beyond <= 0:
         return _corollary(epsilon, m, constant)
-    t, log_mean = _transform(law)
-    first = torch.arange(m)  # so many numbers bring it within 1
-    short = (t * beyond + first[:, None] * log_mean).amin(1).exp()
-    rest = torch.tensor([_corollary(epsilon, m - n, constant) for n in range(m)], dtype=torch.float64)
-    near = _corollary(epsilon, m, constant * (1 + GROWTH * beyond)) if demand.theta <= NEAR else 1.0
-    return min(near, float((short + rest).min()))
+    t, log_mean = _transform(law, _digits(2 * demand.least / demand.most))
+    best = _corollary(epsilon, m, constant * (1 + GROWTH * beyond)) if demand.theta <= NEAR else 1.0
+    for first in range(0, m, max(1, m // 1000)):  # so many numbers bring it within 1
+        short = float((t * beyond + first * log_mean).amin().exp())
+        best = min(best, short + _corollary(epsilon, m - first, constant))
+    return best
 
 
 def _corollary(epsilon: float, m: int, constant: float) -> float:
@@ -62,23 +63,29 @@ def _corollary(epsilon: float, m: int, constant: float) -> float:
     return chance if epsilon >= chance else 1.0
 
 
-def strides(distance: float, delta: float, law: str) -> int:
+def strides(distance: float, delta: float, law: str, longest: float = 2.0) -> int:
     """So many numbers have a subset whose sum is in [distance, distance + 2), but for delta.
 
-    Those in (0, 2] are added as long as the sum falls short of the distance. They add up to less with a probability of
-    at most exp(t distance) E[exp(-t Y)]^n for every t > 0 (Chernoff), Y being such a number, and 0 for all others.
+    Those in (0, longest] are added as long as the sum falls short of the distance; each may count for up to 2 / longest
+    times itself. They add up to less with a probability of at most exp(t distance) E[exp(-t Y)]^n for every t > 0
+    (Chernoff), Y being such a number, and 0 for all others.
     """
-    t, log_mean = _transform(law)
+    t, log_mean = _transform(law, _digits(longest))
     return math.ceil(float(((t * distance - math.log(delta)) / -log_mean).min()))
 
 
+def _digits(value: float) -> float:
+    """Three of them, so that few transforms are computed."""
+    return float(f"{value:.3g}")
+
+
 @lru_cache
-def _transform(law: str) -> tuple[Tensor, Tensor]:
-    """Some t, and log E[exp(-t Y)] with Y = X where 0 < X <= 2 and 0 elsewhere: the mean over quantiles of the law."""
+def _transform(law: str, longest: float) -> tuple[Tensor, Tensor]:
+    """Some t, and log E[exp(-t Y)], with Y = X in (0, longest] and 0 elsewhere: the mean over quantiles of the law."""
     middle = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
     one = torch.special.ndtri(middle) if law.startswith("normal") else 2 * middle - 1
     numbers = (one[:, None] * one).flatten() if law.endswith("product") else one
-    numbers = torch.where((numbers > 0) & (numbers <= 2), numbers, 0.0)
+    numbers = torch.where((numbers > 0) & (numbers <= longest), numbers, 0.0)
     t = torch.logspace(-2, 3, 51, dtype=torch.float64)
     return t, torch.stack([(-each * numbers).exp().mean().log() for each in t])
 
