@@ -29,12 +29,12 @@ delta / rho. Theorem 3.2 states rho delta / N_l, its proof delta / rho: the proo
 number of problems, and more of them must make each one's chance smaller, not larger. (The statement's would allow
 failures that add up to more than delta.) Theorem 3.1 has log(N / min(epsilon_l, delta)): sufficient in epsilon, where N
 is counted twice, but not in delta, because inputs of both signs make 2 N problems (Corollary C.1's proof says so). Here
-the problems are counted, and m is the least that is enough. theta is a parameter in units of its base set: of the
+the problems are counted, and m is no larger than they ask for. theta is a parameter in units of its base set: of the
 scale, and for a bias of the constants, too, that it is a sum of, which are phi(0), a batch norm's shift, or what a row
 that sums to 1 becomes behind these (the paper takes them for 1; those of such rows are within their epsilon, so that
 theta is that of the least and epsilon that of the largest). Beyond theta = 1, of which the corollary does not speak,
 some numbers are set aside, so many that a subset of them brings the rest within 1 but for half of delta' (Chernoff's
-bound, `widths.strides`), and the corollary holds for the others; up to 1.25 a larger C was measured, too. In L+1 rho
+bound, `widths.steps`), and the corollary holds for the others; up to 1.25 a larger C was measured, too. In L+1 rho
 depends on m, because layers are made m times: the smallest solution is found by iteration, for which the paper bounds
 rho by C N^(1 + gamma) log(...).
 
@@ -50,18 +50,17 @@ entries may be larger than a uniform source's, which deviations of slots grow wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from ltx.constructions.layout import IMAGE, Layout, layout
+from ltx.constructions.layout import IMAGE, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, trace
 from ltx.subset_sum.limits import CONSTANTS, Constants
 from ltx.subset_sum.statistics import PRODUCTS
 from ltx.theory.errors import budgets, ticket_error
-from ltx.theory.parts import Demand, Part, check, parts_of
+from ltx.theory.parts import check, parts_of
 from ltx.theory.widths import base_set_size, chance_of_none, copies_of, enough, problems_of, rows_of, slots_of
 
 __all__ = [
@@ -158,7 +157,8 @@ def guarantee(
         problems = problems_of(parts, joined, sizes, construction)
         chance = delta_sums / max(1, sum(problems.values()))
         needed = {}
-        for name, (part, demands) in _demands(parts, joined, epsilons if rows_vary else {}).items():
+        for name, part in parts.items():
+            demands = part.demands(epsilons.get(part.maker, 0.0) if rows_vary else 0.0)
             check(epsilons[name] > 0, f"layer {name}: so many layers are behind it that its epsilon is 0 in float64")
             why = f"layer {name}: the constants that its biases are made of may be 0; give a smaller error"
             check(all(demand.least > 0 for demand in demands), why)
@@ -219,22 +219,12 @@ def failure_probability(
     known = _bases(law, single, product)
     problems = problems_of(parts, joined, dict.fromkeys(parts, base_set_size), construction)
     total = 0.0
-    for name, (part, demands) in _demands(parts, joined, dict.fromkeys(parts, epsilon)).items():
+    for name, part in parts.items():
         if problems[name]:
+            demands = part.demands(epsilon if part.maker in parts else 0.0)
             chance = max(chance_of_none(d, epsilon, base_set_size, *known[part.pair]) for d in demands)
             total += problems[name] * chance
     return min(1.0, total)
-
-
-def _demands(
-    parts: Mapping[str, Part], joined: Layout, epsilons: Mapping[str, float]
-) -> dict[str, tuple[Part, tuple[Demand, ...]]]:
-    """What each layer asks of its base sets, where rows of constants are within these of 1."""
-    found = {}
-    for name, part in parts.items():
-        makers = joined.writers[part.reads] if part.reads != IMAGE else ()
-        found[name] = part, part.demands(max((epsilons.get(maker, 0.0) for maker in makers[:1]), default=0.0))
-    return found
 
 
 def constants(law: str, single: float | None = None, product: float | None = None) -> Constants:

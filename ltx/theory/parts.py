@@ -54,6 +54,7 @@ class Part:
     geometry: PairGeometry | None  # of a pair
     largest_sum: float  # of constants: a bias, or 1 where a row makes new ones; 0: it reads none
     makes_constants: bool  # whether a row does
+    maker: str  # the layer whose row makes those that it reads; of the image: none
     constant: Callable[[float], tuple[float, float]]  # deviation of the row that makes them -> what constants count for
 
     def demands(self, off: float) -> tuple[Demand, ...]:
@@ -144,7 +145,7 @@ def parts_of(
         found[name] = Part(
             layer, weight, reads, joined.stream[name], pair, len(rows.signs), rows.signs != (0,), rows.opposite,
             phi.exact, float(inside.magnitude.max()), scale, LAWS[law].largest, geometry, largest_sum, makes,
-            partial(_constant, graph, joined, before, share),
+            "" if reads == IMAGE else joined.writers[reads][0], partial(_constant, graph, joined, before, share),
         )  # fmt: skip
     return found
 

@@ -27,7 +27,7 @@ def base_set_size(epsilon: float, delta: float, constant: float) -> int:
 def enough(demand: Demand, epsilon: float, delta: float, constant: float, law: str) -> int:
     """m with which a subset sum is within epsilon of any of these parameters, but for delta.
 
-    Beyond theta = 1, of which the corollary speaks, C is larger as far as that was measured. Anywhere, `strides`
+    Beyond theta = 1, of which the corollary speaks, C is larger as far as that was measured. Anywhere, `steps`
     numbers bring the rest of a parameter within 1, and it holds for the others, each but for half of delta.
 
     Args:
@@ -37,7 +37,7 @@ def enough(demand: Demand, epsilon: float, delta: float, constant: float, law: s
     if beyond <= 0:
         return base_set_size(epsilon, delta, constant)
     longest = 2 * demand.least / demand.most
-    parted = base_set_size(epsilon, delta / 2, constant) + strides(beyond, delta / 2, law, longest)
+    parted = base_set_size(epsilon, delta / 2, constant) + steps(beyond, delta / 2, law, longest)
     if demand.theta > NEAR:
         return parted
     return min(parted, base_set_size(epsilon, delta, constant * (1 + GROWTH * beyond)))
@@ -63,7 +63,7 @@ def _corollary(epsilon: float, m: int, constant: float) -> float:
     return chance if epsilon >= chance else 1.0
 
 
-def strides(distance: float, delta: float, law: str, longest: float = 2.0) -> int:
+def steps(distance: float, delta: float, law: str, longest: float = 2.0) -> int:
     """So many numbers have a subset whose sum is in [distance, distance + 2), but for delta.
 
     Those in (0, longest] are added as long as the sum falls short of the distance; each may count for up to 2 / longest
