@@ -93,7 +93,9 @@ def choose(
 def _products(error, slots, out):
     """out (Q, m) = error (Q, N) @ slots (m, N).T, four by four rows at a time."""
     many, m, samples = len(error), len(slots), error.shape[1]
-    out[:] = 0
+    for q in range(many):
+        for s in range(m):
+            out[q, s] = 0
     for begin in range(0, samples, _STRIP):
         end = min(begin + _STRIP, samples)
         for q in range(0, many, 4):
@@ -142,7 +144,9 @@ def _subsets(single, double, value, theta, bound, largest, best, code, cost, wor
     depth = 0  # of the path index[:depth], whose cost and worth are those of depth - 1
     start = 0
     label = 0
-    beyond[0] = single
+    for t in range(m):  # numba takes 5 s to compile an assignment of whole arrays
+        for q in range(many):
+            beyond[0, t, q] = single[t, q]
     while True:
         for s in range(start, m):  # every subset that has one element more than the path
             mine = label | (s + 1) << 8 * depth

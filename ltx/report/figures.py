@@ -29,12 +29,16 @@ LAW_NAMES = {"uniform": "$X_k \\sim U[-1, 1]$", "product": "$X_k \\sim U[-1, 1]\
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path` with .svg and .png behind its name; the same figure gives the same SVG bytes."""
+    """Write `path` with .svg and .png behind its name; the same figure gives the same SVG bytes.
+
+    What is drawn is laid out for the first of them and stays where it is: laying out takes as long as drawing.
+    """
     written = []
     for suffix, metadata in ((".svg", {"Date": None}), (".png", None)):
         whole = path.with_name(path.name + suffix)
         with matplotlib.rc_context(STYLE), replacing(whole) as part:
             figure.savefig(part, format=suffix[1:], metadata=metadata)
+            figure.set_layout_engine(None)
         written.append(whole)
     return written
 

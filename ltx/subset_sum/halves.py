@@ -189,7 +189,8 @@ def _distinct(sums, masks):
 @compiled()
 def _by_size(sums, masks, grouped, grouped_masks, start):
     """Copy the sums, size by size and ascending within: size a takes grouped[start[a] : start[a + 1]]."""
-    start[:] = 0
+    for a in range(len(start)):
+        start[a] = 0
     for i in range(len(sums)):
         start[_count(masks[i]) + 1] += 1
     for a in range(1, len(start)):
