@@ -293,11 +293,11 @@ def _match(
     """
     columns = torch.tensor([entry for entry, _ in needs])
     sign = torch.tensor([s for _, s in needs])
-    rows = torch.empty(len(needs), m, dtype=torch.int64)
-    values = torch.empty(len(needs), m, dtype=torch.float64)
-    have = torch.zeros(len(needs), dtype=torch.int64)
+    rows: list[list[int]] = [[] for _ in needs]
+    values: list[list[float]] = [[] for _ in needs]
+    lacking = list(range(len(needs)))  # lists of Python's: a step of the loop takes a microsecond
     begin = used = 0
-    while bool((have < m).any()):
+    while lacking:
         block = torch.arange(begin, begin + 512 * step, step)
         entries = source.weights(
             layer, seed, block[:, None].expand(-1, len(needs)), columns.clamp_min(0).expand(len(block), -1)
@@ -305,17 +305,24 @@ def _match(
         if (columns < 0).any():
             entries = torch.where(columns < 0, source.biases(layer, seed, block)[:, None], entries)
         fits = torch.where(sign == 0, entries != 0, entries.sign() == sign)
-        for n, fit in zip(block.tolist(), fits, strict=True):
-            free = (fit & (have < m)).nonzero()
-            if len(free):
-                need = int(free[0])
-                rows[need, have[need]], values[need, have[need]] = (
-                    n,
-                    entries[(n - begin) // step, need].double(),
-                )
-                have[need] += 1
-                used = n + step
-            elif not bool((have < m).any()):
-                break
-        begin = int(block[-1]) + step
-    return rows, values, max(used, step)  # a layer has rows even where the target reads nothing
+        matched = []  # (row of the block, need)
+        for at, fit in enumerate(fits.numpy().tolist()):
+            need = next((need for need in lacking if fit[need]), None)
+            if need is None:
+                continue
+            matched.append((at, need))
+            rows[need].append(begin + at * step)
+            used = begin + (at + 1) * step
+            if len(rows[need]) == m:
+                lacking.remove(need)
+                if not lacking:
+                    break
+        if matched:
+            for (_, need), value in zip(matched, entries[tuple(torch.tensor(matched).T)].tolist(), strict=True):
+                values[need].append(value)
+        begin += 512 * step
+    shape = (len(needs), m)
+    return (
+        torch.tensor(rows, dtype=torch.int64).view(shape), torch.tensor(values, dtype=torch.float64).view(shape),
+        max(used, step),  # a layer has rows even where the target reads nothing
+    )  # fmt: skip
