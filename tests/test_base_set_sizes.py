@@ -56,6 +56,23 @@ def test_the_chances_of_failure_add_up_to_delta(construction, law):
     assert 0.01 < signs <= 0.05
 
 
+@either
+@pytest.mark.parametrize("phi", [nn.ReLU, nn.Tanh])
+def test_a_row_that_makes_constants_reads_some_of_them(phi, law):
+    """So that its pair has rows for them, also where the target's layer has no biases."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), phi(), nn.Conv2d(1, 1, 1)).eval()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), (0.6, 0.6, 0.5), strict=True):
+            parameter.fill_(value)
+    found = theory.guarantee(model, 3.0, 0.5, construction="2L", head="construct", law=law, same_size=True)
+    wide = 0
+    for seed in range(20):
+        ticket = construct(model, construction="2L", base_set_size=found.base_set_size, epsilon=found.epsilon,
+                           head="construct", law=law, seed=seed)  # fmt: skip
+        wide += any(ticket.layer(f"{layer.layer}.copies").shape[0] > layer.copies for layer in found.layers)
+    assert wide <= 10
+
+
 def guarantee(construction, law="uniform"):
     return theory.guarantee(trace(tiny(construction)), 3.0, 0.5, construction=construction, head="construct", law=law,
                             same_size=True)  # fmt: skip

@@ -170,3 +170,38 @@ def test_constants_that_are_too_small():
                              head="construct")  # fmt: skip
         assert theory.failure_probability(trace(biased((scaled(scale), nn.ReLU()), 0.9)), 30, 1e-4, construction="2L",
                                           head="construct") == 1.0  # fmt: skip
+
+
+class TwoReadersOfTheImage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(1, 1, 1) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(torch.relu(self.a(x))) + self.b(x)
+
+
+@both
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Tanh(), nn.Conv2d(1, 1, 1, padding=1)), "padding"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 1, 1, padding=1), nn.ReLU(), nn.Conv2d(1, 1, 1)), "zero padding"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 2, padding=1)), "zero padding"),
+        (TwoReadersOfTheImage, "is not the first layer"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1)), "normalises the image"),
+    ],
+)  # fmt: skip
+def test_biases_that_no_source_can_make_have_no_guarantee(model, why, construction):
+    network = model().eval()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.data.fill_(0.5)
+    how, graph = {"construction": construction, "head": "construct"}, trace(network)
+    for refused in (
+        lambda: theory.guarantee(graph, 3.0, 0.5, **how),
+        lambda: theory.failure_probability(graph, 100, 0.1, **how),
+        lambda: construct(graph, base_set_size=20, epsilon=0.1, **how),
+    ):
+        with pytest.raises(ConstructionError, match=why):
+            refused()

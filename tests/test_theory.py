@@ -78,7 +78,11 @@ def test_layers_without_parameters(empty, form, construction):
 @either
 def test_the_theorem_s_budgets_of_l_plus_one(law):
     """epsilon_l of Theorem 3.2 behind slots that deviate each on its own, with entries as large as the law's."""
-    graph = trace(small_cnn("relu"))
+    model = small_cnn("relu")
+    with torch.no_grad():
+        for parameter in model.parameters():  # |x| <= 1, as the theorem has it
+            parameter.mul_(0.05)
+    graph = trace(model)
     how = {"construction": "L+1", "form": "theorem", "head": "construct", "scaling": "layer_max", "law": law}
     found, allowed = theory.guarantee(graph, 1.0, 0.1, **how), 1.0
     for layer in reversed(found.layers):
@@ -94,6 +98,23 @@ def test_the_theorem_s_budgets():
     for layer, lipschitz in zip(reversed(found.layers), (1.0, 0.25, 0.25), strict=True):
         product *= 3 * lipschitz * layer.parameters
         assert layer.epsilon == pytest.approx(1 / product)
+
+
+@both
+@pytest.mark.parametrize(
+    ("weight", "depth", "phi", "error"), [(10.0, 2, nn.ReLU, 0.1), (1.0, 4, nn.Tanh, 3.0), (1.0, 4, nn.Sigmoid, 1.0)]
+)
+def test_the_theorem_s_budgets_are_enough_where_it_takes_more_for_granted(weight, depth, phi, error, construction):
+    """|w| + epsilon <= 1 and |x| <= 1; in 2L three epsilons of a layer, of which a pair near 0 adds one more."""
+    layers = [module for _ in range(depth) for module in (nn.Conv2d(1, 1, 1, bias=False), phi())][:-1]
+    for layer in layers[::2]:
+        layer.weight.data.fill_(weight)
+    graph = trace(nn.Sequential(*layers).eval())
+    how = {"construction": construction, "head": "construct", "scaling": "layer_max"}
+    found = theory.guarantee(graph, error, 0.5, form="theorem", **how)
+    epsilons = {layer.layer: layer.epsilon for layer in found.layers}
+    sizes = {layer.layer: layer.base_set_size for layer in found.layers}
+    assert theory.ticket_error(graph, epsilons, sizes, **how) <= error * (1 + 1e-9)
 
 
 @both

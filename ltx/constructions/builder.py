@@ -375,6 +375,17 @@ def no_constant_tap(target: Layer, name: str) -> ConstructionError:
     )
 
 
+def constants_beside_image(name: str) -> ConstructionError:
+    return ConstructionError(
+        f"layer {name}: reads the image and has biases, but is not the first layer, which alone can make constants"
+        "; give it bias=False"
+    )
+
+
+def norm_of_image(name: str) -> ConstructionError:
+    return ConstructionError(f"batch norm '{name}' normalises the image itself; put a layer before it")
+
+
 def target_problems(
     weight: Tensor, target: Layer, epsilon: float, base: Tensor, constant: int, tap: int
 ) -> list[Problems]:

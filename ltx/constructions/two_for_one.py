@@ -29,6 +29,7 @@ from ltx.constructions.builder import (
     Step,
     TicketBuilder,
     constant_row,
+    constants_beside_image,
     layer_scale,
     no_constant_tap,
     source_layer,
@@ -211,10 +212,7 @@ def _copy_layer(
     name, target, place = step.name, step.target, step.place
     first = builder.depth == 0  # the only layer with biases: its constants need no input
     if step.biased and place.stream is None and not first:
-        raise ConstructionError(
-            f"layer {name}: reads the image and has biases, but is not the first layer, which alone can make constants"
-            "; give it bias=False"
-        )
+        raise constants_beside_image(name)
     read = above(weight, epsilon).any(0).any(1)  # (C_in * P,)
     by_channel = read.view(-1, len(positions))
     taken = place.take(by_channel, 1, int(step.biased and not first))

@@ -17,9 +17,9 @@ it hides is how tickets of deep networks fail, as the README says under "Deep ti
 is what deviations grow with.) Each part gets the same share of what the layer may deviate. Behind it an activation
 divides by its Lipschitz constant, batch norm by its largest scale, and a sum halves. The paper says the same with N,
 the number of parameters of the whole layer, for n and for sum |w|, which needs |x| <= 1 and |w| <= 1 (it takes both for
-granted, and in Theorem 3.2 a first layer that is exactly linear): form "theorem" gives its epsilon_l, form "norms", the
-default, what the target's own norms and interval bounds of its activations give. That one holds for any target, and is
-larger wherever the paper's assumptions hold. With skips epsilon_l of form "theorem" is another one than the paper's: it
+granted, and in Theorem 3.2 a first layer that is exactly linear): form "theorem" gives its epsilon_l, but less where a
+target does not keep to that, as much as form "norms", the default, gives: what follows from the target's own norms and
+interval bounds of its activations. That one holds for any target, and is larger wherever the paper's assumptions hold. With skips epsilon_l of form "theorem" is another one than the paper's: it
 counts the skips' parameters beside the layer's, (T N_w + N_m) in equation (14), where here a sum halves what its
 summands may deviate, which then go on each by itself. Both are sound.
 
@@ -139,6 +139,7 @@ def guarantee(
     Raises:
         LtxError: an error, a probability or a constant without meaning; constants that may be 0, or so small
             that m is beyond a million; a network so deep that an epsilon is 0 in float64.
+        ConstructionError: no source contains a ticket: of a bias that cannot be made, or of a normalised image.
     """
     graph = trace(model)
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
@@ -211,6 +212,7 @@ def failure_probability(
 
     Raises:
         LtxError: arguments without meaning.
+        ConstructionError: as `guarantee` does.
     """
     graph = trace(model)
     kept = graph.head if head == "keep" else ()

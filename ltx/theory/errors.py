@@ -30,15 +30,14 @@ def budgets(
         mine = allowed[node.name]
         if node.name in parts:
             part = parts[node.name]
-            if form == "theorem":
-                shares, count = 3 if construction == "2L" else 2, max(1, part.parameters)
-                epsilon = mine / (shares * count)
-                inside = epsilon / (sizes[node.name] * part.reach if part.several else 1)
-            else:
-                shares = 1 + (part.reads != IMAGE) + (not part.linear)
-                row = max(1, part.largest_row)
-                epsilon = min(mine / (shares * row * max(part.largest_input, 1.0)), part.scale)
-                inside = mine / max(shares * part.gain(epsilon, sizes[node.name]), NOTHING)
+            shares = 1 + (part.reads != IMAGE) + (not part.linear)
+            row = max(1, part.largest_row)
+            epsilon = min(mine / (shares * row * max(part.largest_input, 1.0)), part.scale)
+            inside = mine / max(shares * part.gain(epsilon, sizes[node.name]), NOTHING)
+            if form == "theorem":  # smaller where its assumptions hold; where they do not, it is not enough
+                smaller = mine / ((3 if construction == "2L" else 2) * max(1, part.parameters))
+                epsilon = min(epsilon, smaller)
+                inside = min(inside, smaller / (sizes[node.name] * part.reach if part.several else 1))
             epsilons[node.name] = min(epsilon, part.scale, CONSTANTS_WITHIN if part.makes_constants else math.inf)
         elif node.layer is not None:  # a head that is kept
             inside = mine / max(float(node.layer.weight.double().abs().flatten(1).sum(1).max()), NOTHING)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
-from ltx.constructions.builder import layer_scale
+from ltx.constructions.builder import constant_tap, constants_beside_image, layer_scale, no_constant_tap, norm_of_image
 from ltx.constructions.layout import IMAGE, Layout, constant_value, nonnegative
 from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.constructions.two_for_one import pair_activation, pair_law
@@ -115,10 +115,18 @@ def parts_of(
     graph: Graph, joined: Layout, construction: str, kept: Sequence[str], input_range: tuple[float, float],
     scaling: str, law: str, kernel: int = 1, stride: str = "second",
 ) -> dict[str, Part]:  # fmt: skip
-    """The layers that are approximated, in their order."""
+    """The layers that are approximated, in their order.
+
+    Raises:
+        LtxError: a law or construction that is not known.
+        ConstructionError: a bias that no source can make, or batch norm of the image.
+    """
     check(law in LAWS, f"law '{law}' is not known; there are {', '.join(LAWS)}")
     check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
     bounds, never_negative, found = channel_intervals(graph, input_range), nonnegative(graph, input_range), {}
+    for node in graph.nodes:
+        if node.batch_norm is not None and joined.stream[node.name] == IMAGE:
+            raise norm_of_image(node.name)
     for name, layer in graph.layers.items():
         if name in kept:
             continue
@@ -138,6 +146,13 @@ def parts_of(
         if pair:
             image = layer.kind == "conv" or taps > 1
             geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride)
+        if name in joined.needs:
+            if reads == IMAGE and found:
+                raise constants_beside_image(name)
+            if geometry is None:
+                constant_tap(layer, name, taps, needed=True)
+            elif geometry.constants is None:
+                raise no_constant_tap(layer, name)
         how = joined.constants.get(joined.stream[name])
         makes = how is not None and how.sums and joined.writers[joined.stream[name]][0] == name
         largest_sum = max(float(layer.bias.abs().max()), float(makes)) if name in joined.needs else 0.0

@@ -126,7 +126,7 @@ def copies_of(part: Part, m: int, chance: float) -> int:
 
     Where signs matter so many for each channel that, but for `chance`, m of each that is needed are among them.
     """
-    channels = part.copied + bool(part.layer.bias.any())
+    channels = part.copied + bool(part.largest_sum)
     return channels * (rows_of_signs(m, chance, part.signs) if part.signed else m * (2 if part.opposite else 1))
 
 
