@@ -19,9 +19,10 @@ divides by its Lipschitz constant, batch norm by its largest scale, and a sum ha
 the number of parameters of the whole layer, for n and for sum |w|, which needs |x| <= 1 and |w| <= 1 (it takes both for
 granted, and in Theorem 3.2 a first layer that is exactly linear): form "theorem" gives its epsilon_l, but less where a
 target does not keep to that, as much as form "norms", the default, gives: what follows from the target's own norms and
-interval bounds of its activations. That one holds for any target, and is larger wherever the paper's assumptions hold. With skips epsilon_l of form "theorem" is another one than the paper's: it
-counts the skips' parameters beside the layer's, (T N_w + N_m) in equation (14), where here a sum halves what its
-summands may deviate, which then go on each by itself. Both are sound.
+interval bounds of its activations. That one holds for any target, and is larger wherever the paper's assumptions hold.
+With skips epsilon_l of form "theorem" is another one than the paper's: it counts the skips' parameters beside the
+layer's, (T N_w + N_m) in equation (14), where here a sum halves what its summands may deviate, which then go on each by
+itself. Both are sound.
 
 **Chance of a subset.** Corollary 2.2: of m numbers a subset sum is within epsilon of theta, |theta| <= 1, with
 probability at least 1 - delta', if m >= C log(1 / min(epsilon, delta')). A union bound over rho problems needs delta' =
