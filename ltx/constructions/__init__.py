@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltx.checks import outside, real, seed_of, whole
-from ltx.constructions.builder import Place, Plan, Step, TicketBuilder, norm_of_image
+from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
 from ltx.constructions.layout import constant_value, layout, nonnegative
@@ -285,8 +285,6 @@ class _Walk:
         if node.op == "batch_norm":
             norm = node.batch_norm
             assert norm is not None
-            if place.stream is None:
-                raise norm_of_image(node.name)
             if place.flattened:
                 raise ConstructionError(f"batch norm '{node.name}' normalises flattened images; flatten behind it")
             how = self.layout.constants.get(self.layout.stream[node.name])

@@ -8,15 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ltx.constructions.builder import (
-    Step,
-    TicketBuilder,
-    constant_row,
-    constant_tap,
-    layer_scale,
-    source_layer,
-    target_problems,
-)
+from ltx.constructions.builder import Step, TicketBuilder, constant_row, source_layer
+from ltx.constructions.problems import constant_tap, layer_scale, target_problems
 from ltx.constructions.rows import BaseSets
 from ltx.graph import above
 from ltx.ticket import CONSTANT

@@ -50,7 +50,8 @@ def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
         kept: layers that are taken from the target and read no constants.
 
     Raises:
-        ConstructionError: a sum with the image, of an image with a vector, or a bias that no constant can make.
+        ConstructionError: a sum with the image, of an image with a vector, batch norm of the image, or a bias that no
+            constant can make.
     """
     stream: dict[str, str] = {}
     for node in graph.nodes:
@@ -63,6 +64,8 @@ def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
             raise ConstructionError(
                 f"node '{node.name}' adds the image itself, whose channels cannot be widened; put a layer in between"
             )
+        if node.op == "batch_norm" and stream[node.name] == IMAGE:
+            raise ConstructionError(f"batch norm '{node.name}' normalises the image itself; put a layer before it")
     writers = {
         name: tuple(n.name for n in graph.nodes if n.op == "layer" and stream[n.name] == name)
         for name in dict.fromkeys(stream.values())
@@ -81,6 +84,11 @@ def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
             made = constants.get(stream[node.name])
             first = writers[stream[node.name]][0] == node.name
             if bool(above(node.layer.bias, epsilon).any()) or (made is not None and made.sums and first):
+                if name == IMAGE and node.name != next(iter(graph.layers)):
+                    raise ConstructionError(
+                        f"layer {node.name}: reads the image and has biases, but is not the first layer, which alone "
+                        "can make constants; give it bias=False"
+                    )
                 needs.add(node.name)
         places = dict.fromkeys(node.inputs[0] for node in readers if node.name in needs)
         if places and name != IMAGE:

@@ -25,16 +25,8 @@ from torch import Tensor
 
 from ltx import source
 from ltx.activations import ACTIVATIONS, Activation
-from ltx.constructions.builder import (
-    Step,
-    TicketBuilder,
-    constant_row,
-    constants_beside_image,
-    layer_scale,
-    no_constant_tap,
-    source_layer,
-    target_problems,
-)
+from ltx.constructions.builder import Step, TicketBuilder, constant_row, source_layer
+from ltx.constructions.problems import layer_scale, no_constant_tap, target_problems
 from ltx.constructions.rows import BaseSets
 from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.errors import ConstructionError
@@ -211,8 +203,6 @@ def _copy_layer(
     m, epsilon = builder.plan.base_set_size, builder.plan.epsilon
     name, target, place = step.name, step.target, step.place
     first = builder.depth == 0  # the only layer with biases: its constants need no input
-    if step.biased and place.stream is None and not first:
-        raise constants_beside_image(name)
     read = above(weight, epsilon).any(0).any(1)  # (C_in * P,)
     by_channel = read.view(-1, len(positions))
     taken = place.take(by_channel, 1, int(step.biased and not first))

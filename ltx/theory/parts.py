@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
-from ltx.constructions.builder import constant_tap, constants_beside_image, layer_scale, no_constant_tap, norm_of_image
 from ltx.constructions.layout import IMAGE, Layout, constant_value, nonnegative
+from ltx.constructions.problems import constant_tap, layer_scale, no_constant_tap
 from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
@@ -119,14 +119,11 @@ def parts_of(
 
     Raises:
         LtxError: a law or construction that is not known.
-        ConstructionError: a bias that no source can make, or batch norm of the image.
+        ConstructionError: a bias whose constants read the zero padding wherever the kernel looks.
     """
     check(law in LAWS, f"law '{law}' is not known; there are {', '.join(LAWS)}")
     check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
     bounds, never_negative, found = channel_intervals(graph, input_range), nonnegative(graph, input_range), {}
-    for node in graph.nodes:
-        if node.batch_norm is not None and joined.stream[node.name] == IMAGE:
-            raise norm_of_image(node.name)
     for name, layer in graph.layers.items():
         if name in kept:
             continue
@@ -147,8 +144,6 @@ def parts_of(
             image = layer.kind == "conv" or taps > 1
             geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride)
         if name in joined.needs:
-            if reads == IMAGE and found:
-                raise constants_beside_image(name)
             if geometry is None:
                 constant_tap(layer, name, taps, needed=True)
             elif geometry.constants is None:
