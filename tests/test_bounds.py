@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ltx import __version__
+
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 
 
@@ -31,7 +33,11 @@ def test_the_command_shows_what_is_guaranteed_beside_what_was_used(construction,
     assert "there already" in again[2]
     same = ("bounds", *given, f"construction={construction}", "bounds.error=1")
     other = file.with_suffix(".json")
-    for damage in (file.with_suffix(".md").unlink, file.unlink, lambda: other.write_text('{"target_sha256": "a"}')):
+    earlier = other.read_text().replace(f'"ltx": "{__version__}"', '"ltx": "0.0.9"')
+    for damage in (
+        file.with_suffix(".md").unlink, file.unlink, lambda: other.write_text('{"target_sha256": "a"}'),
+        lambda: other.write_text(earlier),
+    ):  # fmt: skip
         damage()
         again = ltx(*same, output_dir=tmp_path)
         assert again[:2] == (0, out)

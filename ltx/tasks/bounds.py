@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ltx import paths, theory
+from ltx import __version__, paths, theory
 from ltx.config import Settings
 from ltx.constructions import construct
 from ltx.errors import ConstructionError, LtxError
@@ -30,7 +30,7 @@ def run(settings: Settings) -> Path:
     path = paths.bounds_file(settings, target.digest)
     page, made = path.with_suffix(".md"), path.with_suffix(".json")
     known = asdict(theory.constants(settings.law.value, b.single, b.product))
-    about = {"target_sha256": target.digest, **known}
+    about = {"ltx": __version__, "target_sha256": target.digest, **known}  # another ltx may prove something else
     if not settings.force and path.is_file() and page.is_file() and read_result(made, about):
         log.info("%s: there already; force=true computes it again", path)
         print(page.read_text(encoding="utf-8").replace("**", ""))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ltx import theory
+from ltx import __version__, theory
 from ltx.adversary import ascend
 from ltx.certificates import Certificate, certify
 from ltx.config import Settings
@@ -46,12 +46,13 @@ def run(settings: Settings) -> Path:
     target = targets_at.require_comparable(path, ticket, known)
     written, how = path.with_name("certificate.json"), scaling_of(made_with(path))
     about = {
+        "ltx": __version__,  # another one may prove something else
         "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,
         "data": target.data, "limit": settings.limit,
         "starts": settings.certify.starts, "steps": settings.certify.steps, **how,
     }  # fmt: skip
     there = None if settings.force else read_result(written, about)
-    if there is not None and (ticket.feedback or there["theorem"] is not None):  # an earlier ltx had none for some
+    if there is not None:
         log.info("%s: there already; force=true certifies again", written)
         _print(there)
         return written
