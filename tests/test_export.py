@@ -10,9 +10,10 @@ import torch
 from conftest import images, one_line, small_cnn, small_resnet
 from torch import nn
 
-from ltx import LtxError, construct, export
+from ltx import LtxError, construct, data, export
 from ltx.activations import from_attributes
 from ltx.files import read_tensors
+from ltx.tasks import export as task
 from ltx.ticket import Ticket
 
 CASES = [
@@ -152,3 +153,27 @@ def test_the_command(ltx, tmp_path):
     status, out, err = ltx("export", str(tmp_path / "no"))
     assert (status, out) == (1, "")
     assert "no such file" in one_line(err)
+
+
+def test_onnx_is_of_the_images_of_the_target(ltx, tmp_path, monkeypatch):
+    given = ["target=digits", "protocol=smoke"]
+    for command in ("train-target", "construct"):
+        assert ltx(command, *given)[0] == 0
+    path = next(tmp_path.glob("tickets/*/*/ticket.safetensors"))
+    shapes = []
+
+    def recorded(_, path, shape):
+        shapes.append(shape)
+        path.write_bytes(b"onnx")
+
+    monkeypatch.setattr(task, "onnx", recorded)
+    assert ltx("export", str(path), "format=onnx")[0] == 0
+    alone = shutil.copy(path, tmp_path / "alone.safetensors")
+    for target in ("mnist", "resnet22"):
+        assert ltx("export", str(alone), "format=onnx", f"target={target}", output_dir=tmp_path / "other")[0] == 0
+    assert shapes == [data.dataset_spec(name).shape for name in ("digits", "mnist", "cifar10")]
+    beside = path.with_name("ticket.onnx.json")
+    monkeypatch.setattr(task, "onnx", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ltx("export", str(path), "format=onnx", "force=true")
+    assert not beside.exists()  # what it says is not of a file that may be half of another
