@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -31,6 +33,32 @@ def real(name: str, value: object, error: type[LtxError] = LtxError) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise error(f"{name} {value!r} must be a number") from None
+
+
+def one_of(name: str, value: object, known: Sequence[str], error: type[LtxError] = LtxError) -> None:
+    """Nothing, where the value is known.
+
+    Raises:
+        error: it is not.
+    """
+    if value not in known:
+        raise error(f"{name} '{value}' is not known; there are {', '.join(known)}")
+
+
+def interval(name: str, value: object, error: type[LtxError] = LtxError) -> tuple[float, float]:
+    """Two finite numbers, the first below the second.
+
+    Raises:
+        error: they are none.
+    """
+    try:
+        low, high = value  # type: ignore[misc]
+    except (TypeError, ValueError):
+        raise error(f"{name} {value!r} must be two numbers, (LOW, HIGH)") from None
+    low, high = real(name, low, error), real(name, high, error)
+    if not -math.inf < low < high < math.inf:
+        raise error(f"{name} {(low, high)}: must be two finite numbers, the first below the second")
+    return low, high
 
 
 def outside(images: Tensor, low: float, high: float) -> str | None:

@@ -107,6 +107,46 @@ def test_a_thousand_guaranteed_sources_hold_the_ticket(construction, law):
 
 
 @both
+@either
+@pytest.mark.parametrize("factor", [1, 30])
+def test_one_size_is_enough_for_one_epsilon(factor, law, construction):
+    """`construct` has one of each, so that every layer has to reach the smallest epsilon, of which ever it is."""
+    model = small_cnn("relu")
+    with torch.no_grad():
+        model[0].weight.mul_(factor)  # its scale, and with that what it takes to come within epsilon
+    how = {"construction": construction, "head": "construct", "law": law, "scaling": "layer_max"}
+    found = theory.guarantee(model, 0.5, 0.1, same_size=True, **how)
+    assert {layer.epsilon for layer in found.layers} == {found.epsilon}
+    assert {layer.base_set_size for layer in found.layers} == {found.base_set_size}
+    assert theory.failure_probability(model, found.base_set_size, found.epsilon, **how) <= 0.1 * (1 + 1e-9)
+    own = theory.guarantee(model, 0.5, 0.1, **how)
+    assert len({layer.epsilon for layer in own.layers}) == 3
+
+
+@both
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("phi", [nn.ReLU, nn.Sigmoid])
+def test_no_ticket_uses_more_than_is_guaranteed(phi, kernel, construction):
+    """Also where a layer reads nothing, and behind flattened images of one pixel, which are no vectors."""
+    pooled = nn.Sequential(
+        nn.Conv2d(1, 1, 1), phi(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1, bias=False), phi(),
+        nn.Linear(1, 1, bias=False),
+    )  # fmt: skip
+    nothing = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), phi(), nn.Conv2d(1, 1, 1, bias=False))
+    for model in (pooled.eval(), nothing.eval()):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.5)
+            nothing[0].weight.zero_()
+        how = {"construction": construction, "head": "construct", "pair_kernel": kernel}
+        found = theory.guarantee(model, 0.9, 0.01, same_size=True, **how)
+        used = construct(model, base_set_size=min(32, found.base_set_size), epsilon=found.epsilon, **how)
+        for bound in found.layers:
+            mine = [layer for layer in used.layers if layer.target == bound.layer]
+            assert sum(layer.parameters for layer in mine) <= bound.source_parameters, bound
+
+
+@both
 def test_the_other_way_round(construction):
     found, graph = guarantee(construction), trace(tiny(construction))
     delta = theory.failure_probability(graph, found.base_set_size, found.epsilon, construction=construction,

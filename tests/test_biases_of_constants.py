@@ -136,7 +136,7 @@ def test_constants_are_what_the_construction_makes_of_them(phi, first, second, l
 def test_constants_that_may_be_0():
     graph, how = trace(biased((scaled(0.3, -0.25), nn.ReLU()), 0.9)), {"construction": "2L", "head": "construct"}
     with pytest.raises(LtxError, match="layer 3: the constants that its biases are made of may be 0; give a smaller"):
-        theory.guarantee(graph, 9.0, 0.1, **how)
+        theory.guarantee(graph, 3.0, 0.1, **how)
     assert theory.guarantee(graph, 0.01, 0.1, **how).base_set_size > 1
     assert theory.failure_probability(graph, 10_000, 0.5, **how) == 1.0
     assert theory.failure_probability(graph, 10_000, 0.1, **how) < 1e-9
@@ -182,6 +182,53 @@ class TwoReadersOfTheImage(nn.Module):
 
 
 @both
+def test_biases_that_are_left_out_need_no_constants(construction):
+    """`construct` leaves out those within epsilon of 0, which no constant has to make."""
+    model = TwoReadersOfTheImage().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+        model.b.bias.fill_(0.001)
+    how = {"construction": construction, "head": "construct"}
+    found = theory.guarantee(model, 1.0, 0.5, same_size=True, **how)
+    assert found.epsilon > 0.001
+    assert construct(model, base_set_size=20, epsilon=found.epsilon, **how).parameters
+    with pytest.raises(ConstructionError, match="is not the first layer"):
+        theory.guarantee(model, 0.001, 0.5, same_size=True, **how)
+
+
+class TwoPlaces(nn.Module):
+    """Constants of one stream that are read in front of and behind a second batch norm."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.a, self.one, self.two = nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+        self.b, self.c = scaled(1.5, 0.5), scaled(1.0, -0.5)
+        with torch.no_grad():
+            for parameter, value in zip(
+                (self.a.weight, self.one.weight, self.one.bias, self.two.weight, self.two.bias),
+                (0.5, 0.3, bias, 0.3, 1.8), strict=True,
+            ):  # fmt: skip
+                parameter.fill_(value)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        return self.two(x) + self.one(self.c(x))
+
+
+def test_a_bias_that_is_left_out_has_no_say_in_how_constants_are_made():
+    """A row that sums to 1 makes larger ones than pruned rows do, but for the place of the small bias these are 0."""
+    how, ways = {"construction": "2L", "head": "construct", "input_range": (0.0, 1.0)}, []
+    for bias in (0.05, 0.3):
+        model = TwoPlaces(bias).eval()
+        found = theory.guarantee(model, 1.2, 0.5, same_size=True, **how)
+        assert theory.failure_probability(model, found.base_set_size, found.epsilon, **how) <= 0.5
+        (made,) = layout(trace(model), found.epsilon, kept=()).constants.values()
+        ways.append((bias > found.epsilon, made.sums, found.base_set_size > 32))
+    assert ways == [(False, False, True), (True, True, False)]
+
+
+@both
 @pytest.mark.parametrize(
     ("model", "why"),
     [
@@ -199,7 +246,7 @@ def test_biases_that_no_source_can_make_have_no_guarantee(model, why, constructi
             module.bias.data.fill_(0.5)
     how, graph = {"construction": construction, "head": "construct"}, trace(network)
     for refused in (
-        lambda: theory.guarantee(graph, 3.0, 0.5, **how),
+        lambda: theory.guarantee(graph, 1.0, 0.5, **how),
         lambda: theory.failure_probability(graph, 100, 0.1, **how),
         lambda: construct(graph, base_set_size=20, epsilon=0.1, **how),
     ):

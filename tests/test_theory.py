@@ -10,6 +10,7 @@ from torch import nn
 from ltx import LtxError, construct, theory, verify
 from ltx.activations import ACTIVATIONS
 from ltx.constructions.two_for_one import linear_scale, pair_law
+from ltx.errors import ConstructionError
 from ltx.graph import run, trace
 from ltx.intervals import channel_intervals
 from ltx.source import LAWS
@@ -203,7 +204,7 @@ def test_a_network_too_deep_for_float64():
     many = [m for _ in range(300) for m in (nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.ReLU())]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.ReLU(), *many).eval()
-    with pytest.raises(LtxError, match="layer 0: so many layers are behind it that its epsilon is 0 in float64"):
+    with pytest.raises(LtxError, match=r"layer 0: so many layers are behind it, .* its epsilon is 0 in float64"):
         theory.guarantee(trace(model), 0.1, 0.1, construction="L+1", head="construct", law="normal")
 
 
@@ -216,7 +217,15 @@ def test_a_network_too_deep_for_float64():
         ({"single": 0.0}, "the constants C, 0 and 7.1, must be positive"),
         ({"product": -1.0, "law": "normal"}, "the constants C, 3.4 and -1, must be positive"),
         ({"law": "cauchy"}, "law 'cauchy' is not known; there are uniform, normal"),
-        ({"input_range": (0.0, math.inf)}, "input_range .* must be finite"),
+        ({"input_range": (0.0, math.inf)}, "input_range .* must be two finite numbers"),
+        ({"input_range": (1.0, -1.0)}, "input_range .* the first below the second"),
+        ({"product": math.inf}, "the constants C, 3.8 and inf, must be positive numbers"),
+        ({"head": "none"}, "head 'none' is not known; there are keep, construct"),
+        ({"scaling": "none"}, "scaling 'none' is not known; there are unit, layer_max"),
+        ({"pair_kernel": 2}, "pair_kernel 2 must be odd and positive"),
+        ({"pair_stride": "third"}, "pair_stride 'third' is not known; there are second, first"),
+        ({"error": 5e-324}, "or the error is so small, that its epsilon is 0 in float64"),
+        ({"delta": 5e-324}, "delta .* a problem's share of it is 0 in float64"),
         ({"form": "exact"}, "form 'exact' is not known; there are norms, theorem"),
         ({"construction": "3L"}, "construction '3L' is not known; there are 2L, L\\+1"),
     ],
@@ -225,6 +234,83 @@ def test_arguments_without_meaning(arguments, message):
     how = {"error": 1.0, "delta": 0.1, "construction": "2L", **arguments}
     with pytest.raises(LtxError, match=message):
         theory.guarantee(trace(small_cnn("relu")), how.pop("error"), how.pop("delta"), **how)
+
+
+@pytest.mark.parametrize(
+    ("m", "epsilon", "more", "message"),
+    [
+        (0, 0.1, {}, "base_set_size 0 must be at least 1"),
+        (60.5, 0.1, {}, "base_set_size 60.5 must be a whole number"),
+        (60, math.nan, {}, "epsilon nan must be a positive number"),
+        (60, math.inf, {}, "epsilon inf must be a positive number"),
+        (60, 0.1, {"head": "none"}, "head 'none' is not known"),
+    ],
+)
+def test_failures_of_arguments_without_meaning(m, epsilon, more, message):
+    with pytest.raises(LtxError, match=message):
+        theory.failure_probability(small_cnn("relu"), m, epsilon, construction="2L", **more)
+
+
+@pytest.mark.parametrize(
+    ("epsilons", "sizes", "message"),
+    [
+        ({"0": 0.1, "2": -0.1}, {"0": 9, "2": 9}, "layer 2: epsilon -0.1 must not be negative"),
+        ({"0": math.nan, "2": 0.1}, {"0": 9, "2": 9}, "layer 0: epsilon nan must not be negative"),
+        ({"0": 0.1, "2": 0.1}, {"0": 9, "2": 0}, "layer 2: m 0 must be at least 1"),
+        ({"0": 0.1}, {"0": 9, "2": 9}, "layer 2: has no epsilon or no m"),
+    ],
+)
+def test_errors_of_arguments_without_meaning(epsilons, sizes, message):
+    with pytest.raises(LtxError, match=message):
+        theory.ticket_error(small_cnn("relu"), epsilons, sizes, construction="L+1")
+
+
+def test_parameters_too_large_for_any_m():
+    model = small_cnn("relu", bias=False)
+    with torch.no_grad():
+        model[0].weight.mul_(1e7)
+    with pytest.raises(LtxError, match=r"layer 0: parameters of up to .* are too large for an m .*layer_max"):
+        theory.guarantee(model, 0.1, 0.1, construction="2L")
+    assert theory.guarantee(model, 0.1, 0.1, construction="2L", scaling="layer_max").base_set_size < 1000
+
+
+class VectorsAndImages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 2, 1), nn.Linear(2, 2), nn.Linear(2, 1)
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+    def forward(self, x):
+        x = self.flatten(self.pool(self.a(x)))
+        return self.c(self.b(x) + x)
+
+
+@both
+@pytest.mark.parametrize(
+    ("model", "head", "why"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "keep", "no layer besides its head"),
+        (nn.Sequential(nn.ReLU(), nn.Flatten()), "construct", "there is nothing to approximate"),
+        (nn.Sequential(nn.Conv2d(1, 2, 1), nn.Linear(4, 2)), "construct", "layer 1: a linear layer on images"),
+        (nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 1)), "construct",
+         "batch norm '2' normalises flattened images"),
+        (nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(5, 1)), "construct",
+         "layer 2: a linear layer with 5 inputs cannot read 2 flattened channels"),
+        (VectorsAndImages(), "construct", "adds what a linear layer gives to images"),
+    ],
+    ids=["head alone", "no layer", "images", "batch norm", "channels", "vectors and images"],
+)  # fmt: skip
+def test_what_no_construction_takes_has_no_guarantee(model, head, why, construction):
+    how, model = {"construction": construction, "head": head}, model.eval()
+    every = dict.fromkeys(dict(model.named_modules()), 0.1), dict.fromkeys(dict(model.named_modules()), 20)
+    for refused in (
+        lambda: construct(model, base_set_size=20, **how),
+        lambda: theory.guarantee(model, 1.0, 0.5, **how),
+        lambda: theory.failure_probability(model, 60, 0.1, **how),
+        lambda: theory.ticket_error(model, *every, **how),
+    ):
+        with pytest.raises(ConstructionError, match=why):
+            refused()
 
 
 def test_the_error_of_a_ticket_that_needs_no_constants():

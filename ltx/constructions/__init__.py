@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ltx.checks import outside, real, seed_of, whole
+from ltx.checks import interval, one_of, outside, real, seed_of, whole
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
 from ltx.constructions.layout import constant_value, layout, nonnegative
 from ltx.constructions.streams import Stream
-from ltx.constructions.strides import STRIDES
+from ltx.constructions.strides import pair_kernel_of
 from ltx.constructions.two_for_one import pair_activation, two_for_one
 from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError
@@ -27,6 +27,8 @@ from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
 CONSTRUCTIONS = ("2L", "L+1")
+HEADS = ("keep", "construct")
+SCALINGS = ("unit", "layer_max")
 _READERS = ("layer", "output")  # operations that ask for slots
 SELECTIONS = ("smallest", "best", "feedback")
 
@@ -96,31 +98,25 @@ def construct(
     Raises:
         ConstructionError: an unsupported module, a parameter out of reach, or settings that have no meaning.
     """
-    if construction not in CONSTRUCTIONS:
-        raise ConstructionError(f"construction '{construction}' is not known; there are {', '.join(CONSTRUCTIONS)}")
     for name, value, known in (
+        ("construction", construction, CONSTRUCTIONS),
         ("law", law, tuple(LAWS)),
-        ("head", head, ("keep", "construct")),
-        ("scaling", scaling, ("unit", "layer_max")),
+        ("head", head, HEADS),
+        ("scaling", scaling, SCALINGS),
         ("batch_norm", batch_norm, ("keep", "fold")),
-        ("pair_stride", pair_stride, STRIDES),
+        ("selection", selection, SELECTIONS),
     ):
-        if value not in known:
-            raise ConstructionError(f"{name} '{value}' is not known; there are {', '.join(known)}")
+        one_of(name, value, known, ConstructionError)
     base_set_size, seed = whole("base_set_size", base_set_size, ConstructionError), seed_of(seed, ConstructionError)
-    pair_kernel = whole("pair_kernel", pair_kernel, ConstructionError)
+    pair_kernel = pair_kernel_of(pair_kernel, pair_stride)
     epsilon = real("epsilon", epsilon, ConstructionError)
-    input_range, device = _range(input_range), _device(device)
+    input_range, device = interval("input_range", input_range, ConstructionError), _device(device)
     if not 1 <= base_set_size <= MAX_BASE_SET_SIZE:
         raise ConstructionError(f"base_set_size {base_set_size} must lie between 1 and {MAX_BASE_SET_SIZE}")
-    if not (pair_kernel >= 1 and pair_kernel % 2):
-        raise ConstructionError(f"pair_kernel {pair_kernel} must be odd and positive")
     if pair_stride == "first" and selection == "feedback":
         raise ConstructionError("selection 'feedback' needs the copies of every position; use pair_stride='second'")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConstructionError(f"epsilon {epsilon} must be a positive number")
-    if selection not in SELECTIONS:
-        raise ConstructionError(f"selection '{selection}' is not known; there are {', '.join(SELECTIONS)}")
     if (selection == "feedback") != (calibration is not None) or (feedback is not None and selection != "feedback"):
         raise ConstructionError(f"selection '{selection}': feedback, and it alone, needs calibration images")
     if calibration is not None and not isinstance(calibration, Tensor):
@@ -155,17 +151,6 @@ def construct(
     )
 
 
-def _range(value: object) -> tuple[float, float]:
-    try:
-        low, high = value  # type: ignore[misc]
-    except (TypeError, ValueError):
-        raise ConstructionError(f"input_range {value!r} must be two numbers, (LOW, HIGH)") from None
-    low, high = real("input_range", low, ConstructionError), real("input_range", high, ConstructionError)
-    if not -math.inf < low < high < math.inf:
-        raise ConstructionError(f"input_range {(low, high)}: must be two finite numbers, the first below the second")
-    return low, high
-
-
 def _device(name: str) -> str:
     """The device's name; ConstructionError where there is none such."""
     try:
@@ -185,14 +170,7 @@ class _Walk:
     def __init__(self, graph: Graph, builder: TicketBuilder, construction: str, head: str):
         self.graph, self.builder, self.construction = graph, builder, construction
         self.kept = graph.head if head == "keep" else ()
-        if not graph.layers:
-            raise ConstructionError("the network has no Conv2d and no Linear layer: there is nothing to approximate")
-        if all(name in self.kept for name in graph.layers):
-            raise ConstructionError("the network has no layer besides its head; use head='construct'")
         self.layout = layout(graph, builder.plan.epsilon, kept=self.kept)
-        for name in self.kept:
-            if not self.layout.writers[self.layout.stream[graph[name].inputs[0]]]:
-                raise ConstructionError(f"the head '{name}' reads the image itself; use head='construct'")
         self.streams = {
             name: Stream(len(graph.layers[layers[0]].weight), graph.normalised)
             for name, layers in self.layout.writers.items() if layers
@@ -285,8 +263,6 @@ class _Walk:
         if node.op == "batch_norm":
             norm = node.batch_norm
             assert norm is not None
-            if place.flattened:
-                raise ConstructionError(f"batch norm '{node.name}' normalises flattened images; flatten behind it")
             how = self.layout.constants.get(self.layout.stream[node.name])
             name = builder.add_batch_norm(node.name, place, norm, constant=how.norm if how else 0)
             bound = norm.scale.abs() * place.bound + norm.shift.abs()
@@ -294,11 +270,6 @@ class _Walk:
             return replace(place, node=name, bound=bound)
         if node.op == "add":
             one, other = inputs
-            if (one.flattened, one.vector) != (other.flattened, other.vector):
-                raise ConstructionError(
-                    f"node '{node.name}' adds what a linear layer gives to images, flattened or not, whose channels "
-                    "are no slots of the same layer"
-                )
             return replace(
                 place, node=builder.add_node(node.name, "add", (one.node, other.node)),
                 behind=tuple(dict.fromkeys(one.behind + other.behind)), bound=one.bound + other.bound,
@@ -312,8 +283,6 @@ class _Walk:
     def _layer(self, node: Node, place: Place, beside: Mapping[str, str]) -> Place:
         target = node.layer
         assert target is not None
-        if target.kind == "linear" and not (place.vector or place.flat):
-            raise ConstructionError(f"layer {node.name}: a linear layer on images; put nn.Flatten() in front of it")
         name, bound = node.name, math.inf
         stream = self.streams[self.layout.stream[name]]
         if name in self.kept:

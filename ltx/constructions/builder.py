@@ -82,12 +82,7 @@ class Place:
         weight = layer.weight
         if layer.kind == "conv" or self.stream is None or self.vector:
             return weight.flatten(2) if layer.kind == "conv" else weight[:, :, None]
-        channels = self.stream.width
-        if weight.shape[1] % channels:
-            raise ConstructionError(
-                f"a linear layer with {weight.shape[1]} inputs cannot read {channels} flattened channels"
-            )
-        return weight.view(len(weight), channels, -1)
+        return weight.view(len(weight), self.stream.width, -1)
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,23 @@ class Layout:
     needs: frozenset[str]  # layers that read constants
 
 
-def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
+def layout(graph: Graph, epsilon: float | Mapping[str, float], *, kept: Sequence[str]) -> Layout:
     """Find the streams of a target.
 
     Args:
+        epsilon: biases of at most so much are left out; of all layers, or layer -> its own.
         kept: layers that are taken from the target and read no constants.
 
     Raises:
-        ConstructionError: a sum with the image, of an image with a vector, batch norm of the image, or a bias that no
+        ConstructionError: no layer to approximate, a linear layer on images, a sum with the image, of an image with a
+            vector, batch norm of the image or of flattened ones, a head that reads the image, or a bias that no
             constant can make.
     """
+    if not graph.layers:
+        raise ConstructionError("the network has no Conv2d and no Linear layer: there is nothing to approximate")
+    if all(name in kept for name in graph.layers):
+        raise ConstructionError("the network has no layer besides its head; use head='construct'")
+    least = epsilon if isinstance(epsilon, Mapping) else dict.fromkeys(graph.layers, epsilon)
     stream: dict[str, str] = {}
     for node in graph.nodes:
         joined = {stream[name] for name in node.inputs} if node.op not in ("input", "layer") else set()
@@ -74,6 +81,10 @@ def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
         widths = {layer: len(graph.layers[layer].weight) for layer in layers}
         if len(set(widths.values())) > 1:
             raise ConstructionError(f"the network adds layers of different widths ({widths}), which skips cannot join")
+    for name in kept:
+        if not writers[stream[graph[name].inputs[0]]]:
+            raise ConstructionError(f"the head '{name}' reads the image itself; use head='construct'")
+    _require_kinds(graph, stream, writers)
     constants: dict[str, Constants] = {}
     needs: set[str] = set()
     for name in reversed(writers):
@@ -83,7 +94,7 @@ def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
             assert node.layer is not None
             made = constants.get(stream[node.name])
             first = writers[stream[node.name]][0] == node.name
-            if bool(above(node.layer.bias, epsilon).any()) or (made is not None and made.sums and first):
+            if bool(above(node.layer.bias, least[node.name]).any()) or (made is not None and made.sums and first):
                 if name == IMAGE and node.name != next(iter(graph.layers)):
                     raise ConstructionError(
                         f"layer {node.name}: reads the image and has biases, but is not the first layer, which alone "
@@ -94,6 +105,35 @@ def layout(graph: Graph, epsilon: float, *, kept: Sequence[str]) -> Layout:
         if places and name != IMAGE:
             constants[name] = _constants(graph, writers[name], tuple(places))
     return Layout(stream, writers, constants, frozenset(needs))
+
+
+def _require_kinds(graph: Graph, stream: Mapping[str, str], writers: Mapping[str, tuple[str, ...]]) -> None:
+    """ConstructionError where images, flattened ones and vectors, one number for each channel, do not go together."""
+    kinds: dict[str, str] = {}
+    for node in graph.nodes:
+        inside = [kinds[name] for name in node.inputs] or ["images"]
+        kinds[node.name] = inside[0]
+        if node.layer is not None and node.layer.kind == "conv":
+            kinds[node.name] = "images"
+        elif node.layer is not None:
+            kinds[node.name] = "vectors"
+            if inside[0] == "images":
+                raise ConstructionError(f"layer {node.name}: a linear layer on images; put nn.Flatten() in front of it")
+            width, makers = node.layer.weight.shape[1], writers[stream[node.inputs[0]]]
+            if makers and width % len(graph.layers[makers[0]].weight):
+                raise ConstructionError(
+                    f"layer {node.name}: a linear layer with {width} inputs cannot read "
+                    f"{len(graph.layers[makers[0]].weight)} flattened channels"
+                )
+        elif node.op == "flatten" and inside[0] == "images":
+            kinds[node.name] = "flattened images"
+        elif node.op == "batch_norm" and inside[0] == "flattened images":
+            raise ConstructionError(f"batch norm '{node.name}' normalises flattened images; flatten behind it")
+        elif len(set(inside)) > 1:
+            raise ConstructionError(
+                f"node '{node.name}' adds what a linear layer gives to images, flattened or not, whose channels are no "
+                "slots of the same layer"
+            )
 
 
 def nonnegative(graph: Graph, input_range: tuple[float, float]) -> frozenset[str]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ltx.checks import one_of, whole
 from ltx.errors import ConstructionError
 from ltx.graph import Layer
 from ltx.source import SourceLayer
@@ -79,6 +80,19 @@ class PairGeometry:
         return replace(
             layer, shape=(0, 0, *kernel), taps=kernel[0] * kernel[1], stride=stride, padding=padding, dilation=dilation
         )
+
+
+def pair_kernel_of(kernel: object, stride: object) -> int:
+    """The size of the first layer's kernel.
+
+    Raises:
+        ConstructionError: it is not odd and positive, or the stride is none of `STRIDES`.
+    """
+    one_of("pair_stride", stride, STRIDES, ConstructionError)
+    size = whole("pair_kernel", kernel, ConstructionError)
+    if not (size >= 1 and size % 2):
+        raise ConstructionError(f"pair_kernel {size} must be odd and positive")
+    return size
 
 
 def pair_geometry(target: Layer, name: str, taps: int, *, image: bool, kernel: int, stride: str) -> PairGeometry:

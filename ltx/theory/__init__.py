@@ -51,17 +51,19 @@ entries may be larger than a uniform source's, which deviations of slots grow wi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from ltx.checks import one_of, real, whole
 from ltx.constructions.layout import IMAGE, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, trace
 from ltx.subset_sum.limits import CONSTANTS, Constants
 from ltx.subset_sum.statistics import PRODUCTS
 from ltx.theory.errors import budgets, ticket_error
-from ltx.theory.parts import check, parts_of
+from ltx.theory.parts import Demand, check, kept_of, parts_of
 from ltx.theory.widths import base_set_size, chance_of_none, copies_of, enough, problems_of, rows_of, slots_of
 
 __all__ = [
@@ -134,48 +136,57 @@ def guarantee(
         law: of the source's parameters, as `ltx.construct` has it.
         single, product: C of Corollary 2.2 for base sets of parameters and of products of two; by default those that
             were measured for the law (`ltx.subset_sum.limits.CONSTANTS`).
-        same_size: one m for all layers, as `ltx.construct` has it.
+        same_size: one m and one epsilon for all layers, as `ltx.construct` has them; otherwise each its own, those of
+            the result being the largest m and the smallest epsilon of any.
         pair_kernel, pair_stride: see `ltx.construct`.
 
     Raises:
-        LtxError: an error, a probability or a constant without meaning; constants that may be 0, or so small
-            that m is beyond a million; a network so deep that an epsilon is 0 in float64.
-        ConstructionError: no source contains a ticket: of a bias that cannot be made, or of a normalised image.
+        LtxError: an error, a probability, a constant or a setting without meaning; constants that may be 0, or so small
+            that m is beyond a million, as it is for parameters far beyond the scale; a network so deep, or an error so
+            small, that an epsilon is 0 in float64.
+        ConstructionError: no source contains a ticket: of a bias that cannot be made, or of a normalised image, or no
+            construction takes the target.
+
+    Arithmetic is exact here. Float32 may round opposite rows of a normal source so far that `ltx.construct` refuses
+    softplus where a guarantee is given.
     """
     graph = trace(model)
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
     check(0 < delta < 1, f"delta {delta:g} must lie between 0 and 1")
-    check(-math.inf < input_range[0] < input_range[1] < math.inf, f"input_range {input_range} must be finite")
-    check(form in FORMS, f"form '{form}' is not known; there are {', '.join(FORMS)}")
-    kept = graph.head if head == "keep" else ()
-    joined = layout(graph, 0.0, kept=kept)
-    parts = parts_of(graph, joined, construction, kept, input_range, scaling, law, pair_kernel, pair_stride)
+    one_of("form", form, FORMS)
+    kept = kept_of(graph, head)
     known = _bases(law, single, product)
-    signed = [part for part in parts.values() if part.pair and part.signed]
-    delta_sums = delta / 2 if signed else delta
-    sizes, rows_vary = dict.fromkeys(parts, 1), False
+    epsilons, sizes = dict.fromkeys(graph.layers, math.inf), dict.fromkeys(graph.layers, 1)
+    rows_vary = False
     while True:  # m rises with rho, and in L+1 rho and 1 / epsilon with m, but with their logarithms alone
-        allowed, epsilons = budgets(graph, parts, error, construction, form, sizes)
+        # biases of at most epsilon are left out, which says what constants are for, and with that how they are made:
+        # more of them are read as epsilon falls, which it alone does
+        joined = layout(graph, epsilons, kept=kept)
+        parts = parts_of(graph, joined, construction, kept, input_range, scaling, law, pair_kernel, pair_stride)
+        signed = [part for part in parts.values() if part.pair and part.signed]
+        delta_sums = delta / 2 if signed else delta
+        allowed, within = budgets(graph, parts, error, construction, form, sizes)
+        if same_size:
+            within = dict.fromkeys(within, min(within.values()))
+        larger, epsilons = epsilons, epsilons | {name: min(within[name], epsilons[name]) for name in parts}
         problems = problems_of(parts, joined, sizes, construction)
         chance = delta_sums / max(1, sum(problems.values()))
+        check(chance > 0, f"delta {delta:g} is so small that a problem's share of it is 0 in float64")
         needed = {}
         for name, part in parts.items():
             demands = part.demands(epsilons.get(part.maker, 0.0) if rows_vary else 0.0)
-            check(epsilons[name] > 0, f"layer {name}: so many layers are behind it that its epsilon is 0 in float64")
-            why = f"layer {name}: the constants that its biases are made of may be 0; give a smaller error"
-            check(all(demand.least > 0 for demand in demands), why)
-            why = f"layer {name}: the constants that its biases are made of are too small for an m of at most {MOST:,}"
-            check(all(demand.theta < MOST for demand in demands), why)
+            _require_reachable(name, epsilons[name], demands)
             needed[name] = max(enough(d, epsilons[name], chance, *known[part.pair]) for d in demands)
-            check(needed[name] <= MOST, why)
+            check(needed[name] <= MOST, f"layer {name}: needs an m of {needed[name]:,}, beyond {MOST:,}")
         if same_size:
             needed = dict.fromkeys(needed, max(needed.values()))
-        before, sizes = sizes, {name: max(m, sizes[name]) for name, m in needed.items()}
-        if sizes == before and rows_vary:
-            break
-        # rows of constants vary by epsilon: that is looked at when it is nearly what it will be, with sizes of 1 it is
-        # much larger. With a larger m it becomes smaller, so that m may be more than is needed; it is enough
-        rows_vary = rows_vary or sizes == before
+        before, sizes = sizes, sizes | {name: max(m, sizes[name]) for name, m in needed.items()}
+        if (sizes, epsilons) == (before, larger):
+            if rows_vary:
+                break
+            # rows of constants vary by epsilon: that is looked at when it is nearly what it will be, with sizes of 1 it
+            # is much larger. With a larger m it becomes smaller, so that m may be more than is needed; it is enough
+            rows_vary = True
     needs = sum(part.copied + 1 for part in signed)  # channels, and the constant
     slots, layers = slots_of(parts, joined, sizes, construction), []
     widths = {
@@ -216,7 +227,10 @@ def failure_probability(
         ConstructionError: as `guarantee` does.
     """
     graph = trace(model)
-    kept = graph.head if head == "keep" else ()
+    base_set_size, epsilon = whole("base_set_size", base_set_size), real("epsilon", epsilon)
+    check(base_set_size >= 1, f"base_set_size {base_set_size} must be at least 1")
+    check(0 < epsilon < math.inf, f"epsilon {epsilon:g} must be a positive number")
+    kept = kept_of(graph, head)
     joined = layout(graph, epsilon, kept=kept)
     parts = parts_of(graph, joined, construction, kept, input_range, scaling, law)
     known = _bases(law, single, product)
@@ -236,14 +250,31 @@ def constants(law: str, single: float | None = None, product: float | None = Non
     Raises:
         LtxError: a law that is not known, a constant that is not positive.
     """
-    check(law in CONSTANTS, f"law '{law}' is not known; there are {', '.join(CONSTANTS)}")
+    one_of("law", law, tuple(CONSTANTS))
     measured = CONSTANTS[law]
     found = Constants(measured.single if single is None else single, measured.product if product is None else product)
     check(
-        min(found.single, found.product) > 0,
-        f"the constants C, {found.single:g} and {found.product:g}, must be positive",
+        all(0 < constant < math.inf for constant in (found.single, found.product)),
+        f"the constants C, {found.single:g} and {found.product:g}, must be positive numbers",
     )
     return found
+
+
+def _require_reachable(name: str, epsilon: float, demands: Sequence[Demand]) -> None:
+    """LtxError where no m of at most `MOST` is enough for a layer, or that cannot be told in float64."""
+    check(
+        all(epsilon / demand.most > 0 for demand in demands if demand.most),
+        f"layer {name}: so many layers are behind it, or the error is so small, that its epsilon is 0 in float64",
+    )
+    weights, *constants = demands
+    check(
+        weights.theta < MOST,
+        f"layer {name}: parameters of up to {weights.largest:g} are too large for an m of at most {MOST:,}; use "
+        "scaling='layer_max'",
+    )
+    for demand in constants:
+        why = "may be 0; give a smaller error" if not demand.least else f"are too small for an m of at most {MOST:,}"
+        check(demand.theta < MOST, f"layer {name}: the constants that its biases are made of {why}")
 
 
 def _bases(law: str, single: float | None, product: float | None) -> tuple[tuple[float, str], tuple[float, str]]:

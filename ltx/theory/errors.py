@@ -10,7 +10,7 @@ from torch import nn
 from ltx.constructions.layout import IMAGE, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, Node, trace
-from ltx.theory.parts import Part, parts_of
+from ltx.theory.parts import Part, check, kept_of, parts_of
 
 CONSTANTS_WITHIN = 0.2  # of 1 a row has to be that makes constants, where nothing else asks for less
 NOTHING = 1e-300  # in place of 0, the gain of layers and batch norms that are zero
@@ -68,11 +68,19 @@ def ticket_error(
         epsilons: layer -> error of its parameters.
         sizes: layer -> its m: a parameter is a sum of at most so many entries.
         law: of the source's parameters, which says how large an entry may be.
+
+    Raises:
+        LtxError: arguments without meaning, a layer without an epsilon or m.
+        ConstructionError: a target that no construction takes.
     """
     graph = trace(model)
-    kept = graph.head if head == "keep" else ()
+    kept = kept_of(graph, head)
     joined = layout(graph, math.inf, kept=kept)  # who reads whom: that constants can be made is the ticket's business
     parts = parts_of(graph, joined, construction, kept, input_range, scaling, law)
+    for name in parts:
+        check(name in epsilons and name in sizes, f"layer {name}: has no epsilon or no m")
+        check(epsilons[name] >= 0, f"layer {name}: epsilon {epsilons[name]:g} must not be negative")
+        check(sizes[name] >= 1, f"layer {name}: m {sizes[name]} must be at least 1")
     deviation: dict[str, float] = {}
     for node in graph.nodes:
         inside = [deviation[name] for name in node.inputs]

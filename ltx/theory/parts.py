@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
+from ltx.checks import interval, one_of
+from ltx.constructions import CONSTRUCTIONS, HEADS, SCALINGS
 from ltx.constructions.layout import IMAGE, Layout, constant_value, nonnegative
 from ltx.constructions.problems import constant_tap, layer_scale, no_constant_tap
-from ltx.constructions.strides import PairGeometry, pair_geometry
+from ltx.constructions.strides import PairGeometry, pair_geometry, pair_kernel_of
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
 from ltx.graph import Graph, Layer
@@ -118,11 +120,13 @@ def parts_of(
     """The layers that are approximated, in their order.
 
     Raises:
-        LtxError: a law or construction that is not known.
+        LtxError: a law, construction, scaling or pair that is not known, no range.
         ConstructionError: a bias whose constants read the zero padding wherever the kernel looks.
     """
-    check(law in LAWS, f"law '{law}' is not known; there are {', '.join(LAWS)}")
-    check(construction in ("2L", "L+1"), f"construction '{construction}' is not known; there are 2L, L+1")
+    one_of("law", law, tuple(LAWS))
+    one_of("construction", construction, CONSTRUCTIONS)
+    one_of("scaling", scaling, SCALINGS)
+    input_range, kernel = interval("input_range", input_range), pair_kernel_of(kernel, stride)
     bounds, never_negative, found = channel_intervals(graph, input_range), nonnegative(graph, input_range), {}
     for name, layer in graph.layers.items():
         if name in kept:
@@ -141,7 +145,8 @@ def parts_of(
         rows = pair_law(phi, before in never_negative)
         taps, geometry = weight.shape[2], None
         if pair:
-            image = layer.kind == "conv" or taps > 1
+            # also flattened images of 1x1, which are no vectors
+            image = layer.kind == "conv" or (reads != IMAGE and graph.layers[joined.writers[reads][0]].kind == "conv")
             geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride)
         if name in joined.needs:
             if geometry is None:
@@ -158,6 +163,12 @@ def parts_of(
             "" if reads == IMAGE else joined.writers[reads][0], partial(_constant, graph, joined, before, share),
         )  # fmt: skip
     return found
+
+
+def kept_of(graph: Graph, head: str) -> tuple[str, ...]:
+    """The layers that are taken from the target."""
+    one_of("head", head, HEADS)
+    return graph.head if head == "keep" else ()
 
 
 def _constant(graph: Graph, joined: Layout, place: str, share: float, off: float) -> tuple[float, float]:

@@ -126,8 +126,9 @@ def copies_of(part: Part, m: int, chance: float) -> int:
 
     Where signs matter so many for each channel that, but for `chance`, m of each that is needed are among them.
     """
-    channels = part.copied + bool(part.largest_sum)
-    return channels * (rows_of_signs(m, chance, part.signs) if part.signed else m * (2 if part.opposite else 1))
+    channels, together = part.copied + bool(part.largest_sum), 2 if part.opposite else 1
+    rows = channels * (rows_of_signs(m, chance, part.signs) if part.signed else m * together)
+    return max(rows, together)  # a layer has rows even where the target reads nothing
 
 
 def rows_of_signs(m: int, chance: float, signs: int) -> int:
