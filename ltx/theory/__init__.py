@@ -147,8 +147,8 @@ def guarantee(
         ConstructionError: no source contains a ticket: of a bias that cannot be made, or of a normalised image, or no
             construction takes the target.
 
-    Arithmetic is exact here. Float32 may round opposite rows of a normal source so far that `ltx.construct` refuses
-    softplus where a guarantee is given.
+    Arithmetic is exact here. Float32 may round opposite rows, of sigmoid and softplus, so far that `ltx.construct`
+    refuses what a guarantee is given for.
     """
     graph = trace(model)
     check(error > 0 and math.isfinite(error), f"error {error:g} must be a positive number")
