@@ -57,13 +57,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ltx.checks import one_of, real, whole
-from ltx.constructions.layout import IMAGE, layout
+from ltx.constructions.layout import IMAGE, Layout, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, trace
 from ltx.subset_sum.limits import CONSTANTS, Constants
 from ltx.subset_sum.statistics import PRODUCTS
 from ltx.theory.errors import budgets, ticket_error
-from ltx.theory.parts import Demand, check, kept_of, parts_of
+from ltx.theory.parts import Demand, Part, check, kept_of, parts_of
 from ltx.theory.widths import base_set_size, chance_of_none, copies_of, enough, problems_of, rows_of, slots_of
 
 __all__ = [
@@ -156,13 +156,14 @@ def guarantee(
     one_of("form", form, FORMS)
     kept = kept_of(graph, head)
     known = _bases(law, single, product)
+
+    def seen(joined: Layout) -> dict[str, Part]:
+        return parts_of(graph, joined, construction, kept, input_range, scaling, law, pair_kernel, pair_stride)
+
     epsilons, sizes = dict.fromkeys(graph.layers, math.inf), dict.fromkeys(graph.layers, 1)
-    rows_vary = False
+    joined = layout(graph, epsilons, kept=kept)
+    parts, rows_vary = seen(joined), False
     while True:  # m rises with rho, and in L+1 rho and 1 / epsilon with m, but with their logarithms alone
-        # biases of at most epsilon are left out, which says what constants are for, and with that how they are made:
-        # more of them are read as epsilon falls, which it alone does
-        joined = layout(graph, epsilons, kept=kept)
-        parts = parts_of(graph, joined, construction, kept, input_range, scaling, law, pair_kernel, pair_stride)
         signed = [part for part in parts.values() if part.pair and part.signed]
         delta_sums = delta / 2 if signed else delta
         allowed, within = budgets(graph, parts, error, construction, form, sizes)
@@ -187,6 +188,10 @@ def guarantee(
             # rows of constants vary by epsilon: that is looked at when it is nearly what it will be, with sizes of 1 it
             # is much larger. With a larger m it becomes smaller, so that m may be more than is needed; it is enough
             rows_vary = True
+        # biases of at most epsilon are left out, which says what constants are for, and with that how they are made:
+        # more of them are read as epsilon falls, which it alone does
+        elif (now := layout(graph, epsilons, kept=kept)) != joined:
+            joined, parts = now, seen(now)
     needs = sum(part.copied + 1 for part in signed)  # channels, and the constant
     slots, layers = slots_of(parts, joined, sizes, construction), []
     widths = {
