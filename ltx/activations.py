@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor, nn
 
+from ltx.checks import one_of
 from ltx.errors import LtxError
 
 
@@ -301,8 +302,7 @@ ACTIVATIONS: dict[str, Activation] = {name: family.make() for name, family in FA
 
 def activation(name: str) -> Activation:
     """The registered activation of that name; LtxError listing what there is when there is none."""
-    if name not in ACTIVATIONS:
-        raise LtxError(f"activation '{name}' is not known; there are {', '.join(ACTIVATIONS)}")
+    one_of("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 

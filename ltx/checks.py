@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from torch import Tensor
 
@@ -35,13 +35,13 @@ def real(name: str, value: object, error: type[LtxError] = LtxError) -> float:
         raise error(f"{name} {value!r} must be a number") from None
 
 
-def one_of(name: str, value: object, known: Sequence[str], error: type[LtxError] = LtxError) -> None:
+def one_of(name: str, value: object, known: Collection[str], error: type[LtxError] = LtxError) -> None:
     """Nothing, where the value is known.
 
     Raises:
         error: it is not.
     """
-    if value not in known:
+    if value not in tuple(known):  # a dict would ask for its hash
         raise error(f"{name} '{value}' is not known; there are {', '.join(known)}")
 
 

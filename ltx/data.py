@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltx.errors import DataError, LtxError
+from ltx.checks import one_of
+from ltx.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ DATASETS: dict[str, DatasetSpec] = {
 
 def dataset_spec(name: str) -> DatasetSpec:
     """The registered data set of that name; LtxError listing what there is when there is none."""
-    if name not in DATASETS:
-        raise LtxError(f"data set '{name}' is not known; there are {', '.join(DATASETS)}")
+    one_of("data set", name, DATASETS)
     return DATASETS[name]
 
 

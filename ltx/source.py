@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltx.checks import one_of
 from ltx.compiled import compiled
-from ltx.errors import LtxError
 
 BIAS_LAYER = 0x80000000
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -53,8 +53,7 @@ class SourceLayer:
     law: str = "uniform"  # one of LAWS, the same in all layers of a source
 
     def __post_init__(self):
-        if self.law not in LAWS:
-            raise LtxError(f"layer {self.name}: law '{self.law}' is not known; there are {', '.join(LAWS)}")
+        one_of(f"layer {self.name}: law", self.law, LAWS)
 
     @property
     def row_size(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ltx import source
+from ltx.checks import one_of
 from ltx.defaults import usual_defaults
 from ltx.errors import CheckpointError, LtxError
 from ltx.feedback import Feedback
@@ -77,8 +78,7 @@ class Ticket:
     feedback: str = ""
 
     def __post_init__(self):
-        if self.law not in source.LAWS:
-            raise LtxError(f"law '{self.law}' is not known; there are {', '.join(source.LAWS)}")
+        one_of("law", self.law, source.LAWS)
         for layer in self.layers:
             if layer.law != self.law:
                 raise LtxError(f"layer {layer.name}: its law is {layer.law}, the ticket's {self.law}")

@@ -13,7 +13,7 @@ from ltx.checks import interval, one_of, outside, real, seed_of, whole
 from ltx.constructions.builder import Place, Plan, Step, TicketBuilder
 from ltx.constructions.calibration import Calibration
 from ltx.constructions.l_plus_one import direct
-from ltx.constructions.layout import constant_value, layout, nonnegative
+from ltx.constructions.layout import HEADS, constant_value, kept_of, layout, nonnegative
 from ltx.constructions.streams import Stream
 from ltx.constructions.strides import pair_kernel_of
 from ltx.constructions.two_for_one import pair_activation, two_for_one
@@ -27,7 +27,6 @@ from ltx.subset_sum import MAX_BASE_SET_SIZE
 from ltx.ticket import Ticket
 
 CONSTRUCTIONS = ("2L", "L+1")
-HEADS = ("keep", "construct")
 SCALINGS = ("unit", "layer_max")
 _READERS = ("layer", "output")  # operations that ask for slots
 SELECTIONS = ("smallest", "best", "feedback")
@@ -100,7 +99,7 @@ def construct(
     """
     for name, value, known in (
         ("construction", construction, CONSTRUCTIONS),
-        ("law", law, tuple(LAWS)),
+        ("law", law, LAWS),
         ("head", head, HEADS),
         ("scaling", scaling, SCALINGS),
         ("batch_norm", batch_norm, ("keep", "fold")),
@@ -169,7 +168,7 @@ class _Walk:
 
     def __init__(self, graph: Graph, builder: TicketBuilder, construction: str, head: str):
         self.graph, self.builder, self.construction = graph, builder, construction
-        self.kept = graph.head if head == "keep" else ()
+        self.kept = kept_of(graph, head)
         self.layout = layout(graph, builder.plan.epsilon, kept=self.kept)
         self.streams = {
             name: Stream(len(graph.layers[layers[0]].weight), graph.normalised)

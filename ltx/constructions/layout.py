@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ltx.checks import one_of
 from ltx.errors import ConstructionError
 from ltx.graph import Graph, Node, above
 
 IMAGE = "input"  # the stream of the image itself
+IMAGES, FLATTENED, VECTORS = "images", "flattened images", "vectors"  # of one number for each channel
+HEADS = ("keep", "construct")
 PRUNED_ROWS_DO = 0.5  # constants of pruned rows, which cost nothing, are taken where they are as near to 1 as this
 
 
@@ -38,6 +41,7 @@ class Layout:
     """Streams of a target; a stream is named after the first node in it."""
 
     stream: Mapping[str, str]  # node -> its stream
+    kind: Mapping[str, str]  # node -> images, flattened images or vectors
     writers: Mapping[str, tuple[str, ...]]  # stream -> its layers, in order
     constants: Mapping[str, Constants]  # stream -> how its constants are made, where any are needed
     needs: frozenset[str]  # layers that read constants
@@ -66,25 +70,14 @@ def layout(graph: Graph, epsilon: float | Mapping[str, float], *, kept: Sequence
         stream[node.name] = min(joined, key=list(stream).index) if joined else node.name
         if len(joined) > 1:
             stream = {name: stream[node.name] if s in joined else s for name, s in stream.items()}
-    for node in graph.nodes:
-        if node.op == "add" and stream[node.name] == IMAGE:
-            raise ConstructionError(
-                f"node '{node.name}' adds the image itself, whose channels cannot be widened; put a layer in between"
-            )
-        if node.op == "batch_norm" and stream[node.name] == IMAGE:
-            raise ConstructionError(f"batch norm '{node.name}' normalises the image itself; put a layer before it")
     writers = {
         name: tuple(n.name for n in graph.nodes if n.op == "layer" and stream[n.name] == name)
         for name in dict.fromkeys(stream.values())
     }
-    for layers in writers.values():
-        widths = {layer: len(graph.layers[layer].weight) for layer in layers}
-        if len(set(widths.values())) > 1:
-            raise ConstructionError(f"the network adds layers of different widths ({widths}), which skips cannot join")
+    kind = _kinds(graph, stream, writers)
     for name in kept:
         if not writers[stream[graph[name].inputs[0]]]:
             raise ConstructionError(f"the head '{name}' reads the image itself; use head='construct'")
-    _require_kinds(graph, stream, writers)
     constants: dict[str, Constants] = {}
     needs: set[str] = set()
     for name in reversed(writers):
@@ -104,20 +97,27 @@ def layout(graph: Graph, epsilon: float | Mapping[str, float], *, kept: Sequence
         places = dict.fromkeys(node.inputs[0] for node in readers if node.name in needs)
         if places and name != IMAGE:
             constants[name] = _constants(graph, writers[name], tuple(places))
-    return Layout(stream, writers, constants, frozenset(needs))
+    return Layout(stream, kind, writers, constants, frozenset(needs))
 
 
-def _require_kinds(graph: Graph, stream: Mapping[str, str], writers: Mapping[str, tuple[str, ...]]) -> None:
-    """ConstructionError where images, flattened ones and vectors, one number for each channel, do not go together."""
-    kinds: dict[str, str] = {}
+def kept_of(graph: Graph, head: str) -> tuple[str, ...]:
+    """The layers that are taken from the target; ConstructionError where `head` is none of `HEADS`."""
+    one_of("head", head, HEADS, ConstructionError)
+    return graph.head if head == "keep" else ()
+
+
+def _kinds(graph: Graph, stream: Mapping[str, str], writers: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """What every node is: images, flattened ones or vectors; ConstructionError where nodes do not go together."""
+    kind: dict[str, str] = {}
     for node in graph.nodes:
-        inside = [kinds[name] for name in node.inputs] or ["images"]
-        kinds[node.name] = inside[0]
-        if node.layer is not None and node.layer.kind == "conv":
-            kinds[node.name] = "images"
-        elif node.layer is not None:
-            kinds[node.name] = "vectors"
-            if inside[0] == "images":
+        inside = [kind[name] for name in node.inputs] or [IMAGES]
+        kind[node.name] = inside[0]
+        if node.layer is not None:
+            kind[node.name] = IMAGES if node.layer.kind == "conv" else VECTORS
+        elif node.op == "flatten" and inside[0] == IMAGES:
+            kind[node.name] = FLATTENED
+        if node.layer is not None and node.layer.kind == "linear":
+            if inside[0] == IMAGES:
                 raise ConstructionError(f"layer {node.name}: a linear layer on images; put nn.Flatten() in front of it")
             width, makers = node.layer.weight.shape[1], writers[stream[node.inputs[0]]]
             if makers and width % len(graph.layers[makers[0]].weight):
@@ -125,15 +125,24 @@ def _require_kinds(graph: Graph, stream: Mapping[str, str], writers: Mapping[str
                     f"layer {node.name}: a linear layer with {width} inputs cannot read "
                     f"{len(graph.layers[makers[0]].weight)} flattened channels"
                 )
-        elif node.op == "flatten" and inside[0] == "images":
-            kinds[node.name] = "flattened images"
-        elif node.op == "batch_norm" and inside[0] == "flattened images":
+        if node.op == "add" and stream[node.name] == IMAGE:
+            raise ConstructionError(
+                f"node '{node.name}' adds the image itself, whose channels cannot be widened; put a layer in between"
+            )
+        if node.op == "batch_norm" and stream[node.name] == IMAGE:
+            raise ConstructionError(f"batch norm '{node.name}' normalises the image itself; put a layer before it")
+        if node.op == "batch_norm" and inside[0] == FLATTENED:
             raise ConstructionError(f"batch norm '{node.name}' normalises flattened images; flatten behind it")
-        elif len(set(inside)) > 1:
+        if len(set(inside)) > 1:
             raise ConstructionError(
                 f"node '{node.name}' adds what a linear layer gives to images, flattened or not, whose channels are no "
                 "slots of the same layer"
             )
+    for layers in writers.values():
+        widths = {layer: len(graph.layers[layer].weight) for layer in layers}
+        if len(set(widths.values())) > 1:
+            raise ConstructionError(f"the network adds layers of different widths ({widths}), which skips cannot join")
+    return kind
 
 
 def nonnegative(graph: Graph, input_range: tuple[float, float]) -> frozenset[str]:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltx.checks import seed_of
+from ltx.checks import one_of, seed_of
+from ltx.constructions.layout import kept_of
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError
@@ -62,11 +63,8 @@ def sampled(
     graph = trace(model)
     generator = torch.Generator().manual_seed(seed_of(seed, ConstructionError))
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    if head not in ("keep", "construct"):
-        raise ConstructionError(f"head '{head}' is not known; there are keep, construct")
-    if law not in LAWS:
-        raise ConstructionError(f"law '{law}' is not known; there are {', '.join(LAWS)}")
-    kept = graph.head if head == "keep" else ()
+    one_of("law", law, LAWS, ConstructionError)
+    kept = kept_of(graph, head)
     layers = {n: layer for n, layer in graph.layers.items() if n not in kept and not graph.is_projection(n)}
     if not layers:
         raise ConstructionError("the network has no layer whose parameters could get errors")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ltx.checks import one_of, whole
+from ltx.constructions.problems import no_constant_tap
 from ltx.errors import ConstructionError
 from ltx.graph import Layer
 from ltx.source import SourceLayer
@@ -95,7 +96,9 @@ def pair_kernel_of(kernel: object, stride: object) -> int:
     return size
 
 
-def pair_geometry(target: Layer, name: str, taps: int, *, image: bool, kernel: int, stride: str) -> PairGeometry:
+def pair_geometry(
+    target: Layer, name: str, taps: int, *, image: bool, kernel: int, stride: str, needed: bool = False
+) -> PairGeometry:  # fmt: skip
     """The geometry of the pair for a target layer.
 
     Args:
@@ -103,9 +106,11 @@ def pair_geometry(target: Layer, name: str, taps: int, *, image: bool, kernel: i
         image: whether it reads images, not vectors.
         kernel: the first layer's, in both dimensions; odd.
         stride: `first` or `second`, the layer that has the target's stride.
+        needed: whether anything reads a constant through the pair.
 
     Raises:
-        ConstructionError: no two layers with such a kernel compute what the target's layer does.
+        ConstructionError: no two layers with such a kernel compute what the target's layer does, or no constant gets
+            through them that is needed.
     """
     every = torch.arange(taps)
     if not image:
@@ -137,6 +142,8 @@ def pair_geometry(target: Layer, name: str, taps: int, *, image: bool, kernel: i
     if rows.constants and columns.constants:
         y, x = (line.constants[len(line.constants) // 2] for line in lines)
         constants = y[0] * columns.kernel + x[0], y[1] * columns.second[0] + x[1]
+    elif needed:
+        raise no_constant_tap(target, name)
     return PairGeometry((rows, columns), joined(0), joined(1), rows.second[0] * columns.second[0], constants)
 
 

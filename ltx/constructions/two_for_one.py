@@ -26,7 +26,7 @@ from torch import Tensor
 from ltx import source
 from ltx.activations import ACTIVATIONS, Activation
 from ltx.constructions.builder import Step, TicketBuilder, constant_row, source_layer
-from ltx.constructions.problems import layer_scale, no_constant_tap, target_problems
+from ltx.constructions.problems import layer_scale, target_problems
 from ltx.constructions.rows import BaseSets
 from ltx.constructions.strides import PairGeometry, pair_geometry
 from ltx.errors import ConstructionError
@@ -146,10 +146,9 @@ def two_for_one(builder: TicketBuilder, step: Step, phi: Activation) -> tuple[st
         )  # fmt: skip
     image = target.kind == "conv" or (place.stream is not None and not place.vector)
     geometry = pair_geometry(
-        target, name, weight.shape[2], image=image, kernel=plan.pair_kernel, stride=plan.pair_stride
-    )
-    if step.biased and geometry.constants is None:
-        raise no_constant_tap(target, name)
+        target, name, weight.shape[2], image=image, kernel=plan.pair_kernel, stride=plan.pair_stride,
+        needed=step.biased,
+    )  # fmt: skip
     positions, weight = _by_position(weight, geometry)
     copies = _copy_layer(builder, step, weight, positions, law, phi, sigma, geometry)
 

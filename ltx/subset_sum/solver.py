@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltx.checks import whole
+from ltx.checks import one_of, whole
 from ltx.compiled import compiled
 from ltx.errors import LtxError
 from ltx.subset_sum import by_size, halves
@@ -94,8 +94,7 @@ def solve(
         raise LtxError("subset sums: values and targets must be dense arrays of real numbers")
     if not 1 <= m <= MAX_BASE_SET_SIZE:
         raise LtxError(f"subset sums: a base set has {m} values, 1 to {MAX_BASE_SET_SIZE} are possible")
-    if selection not in SELECTIONS:
-        raise LtxError(f"subset sums: selection '{selection}' is not known; there are {', '.join(SELECTIONS)}")
+    one_of("subset sums: selection", selection, SELECTIONS)
     try:
         within = float(epsilon)
     except (TypeError, ValueError, OverflowError):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ltx import source
-from ltx.checks import real, seed_of, whole
+from ltx.checks import one_of, real, seed_of, whole
 from ltx.errors import LtxError
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 from ltx.subset_sum.solver import solve
@@ -61,8 +61,7 @@ def draw(
 
     Targets are uniform on [-1, 1), or all `theta` where it is given.
     """
-    if law not in LAWS:
-        raise LtxError(f"law '{law}' is not known; there are {', '.join(LAWS)}")
+    one_of("law", law, LAWS)
     problems = torch.arange(first, first + count, device=device)
     targets = _uniform(seed, problems, 1, _TARGET)[:, 0]
     return LAWS[law](seed, problems, m), targets if theta is None else torch.full_like(targets, theta)

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ltx.activations import activation as activation_named
-from ltx.checks import seed_of
+from ltx.checks import one_of, seed_of
 from ltx.defaults import usual_defaults
-from ltx.errors import LtxError
 from ltx.targets.checkpoints import Checkpoint, load_into, pack, read_checkpoint, save_target
 from ltx.targets.masked import MaskedConv2d, MaskedLinear, prunable
 from ltx.targets.mnist_cnn import mnist_cnn
@@ -32,8 +31,7 @@ def build(
     Raises:
         LtxError: `network` or `activation` is not registered; a seed that is none.
     """
-    if network not in NETWORKS:
-        raise LtxError(f"network '{network}' is not known; there are {', '.join(NETWORKS)}")
+    one_of("network", network, NETWORKS)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed_of(seed))

@@ -57,13 +57,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ltx.checks import one_of, real, whole
-from ltx.constructions.layout import IMAGE, Layout, layout
+from ltx.constructions.layout import IMAGE, Layout, kept_of, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, trace
 from ltx.subset_sum.limits import CONSTANTS, Constants
 from ltx.subset_sum.statistics import PRODUCTS
 from ltx.theory.errors import budgets, ticket_error
-from ltx.theory.parts import Demand, Part, check, kept_of, parts_of
+from ltx.theory.parts import Demand, Part, check, parts_of
 from ltx.theory.widths import base_set_size, chance_of_none, copies_of, enough, problems_of, rows_of, slots_of
 
 __all__ = [
@@ -255,7 +255,7 @@ def constants(law: str, single: float | None = None, product: float | None = Non
     Raises:
         LtxError: a law that is not known, a constant that is not positive.
     """
-    one_of("law", law, tuple(CONSTANTS))
+    one_of("law", law, CONSTANTS)
     measured = CONSTANTS[law]
     found = Constants(measured.single if single is None else single, measured.product if product is None else product)
     check(
@@ -271,13 +271,13 @@ def _require_reachable(name: str, epsilon: float, demands: Sequence[Demand]) -> 
         all(epsilon / demand.most > 0 for demand in demands if demand.most),
         f"layer {name}: so many layers are behind it, or the error is so small, that its epsilon is 0 in float64",
     )
-    weights, *constants = demands
+    weights, *biases = demands
     check(
         weights.theta < MOST,
         f"layer {name}: parameters of up to {weights.largest:g} are too large for an m of at most {MOST:,}; use "
         "scaling='layer_max'",
     )
-    for demand in constants:
+    for demand in biases:
         why = "may be 0; give a smaller error" if not demand.least else f"are too small for an m of at most {MOST:,}"
         check(demand.theta < MOST, f"layer {name}: the constants that its biases are made of {why}")
 

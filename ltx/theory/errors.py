@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ltx.constructions.layout import IMAGE, layout
+from ltx.constructions.layout import IMAGE, kept_of, layout
 from ltx.defaults import usual_defaults
 from ltx.graph import Graph, Node, trace
-from ltx.theory.parts import Part, check, kept_of, parts_of
+from ltx.theory.parts import Part, check, parts_of
 
 CONSTANTS_WITHIN = 0.2  # of 1 a row has to be that makes constants, where nothing else asks for less
 NOTHING = 1e-300  # in place of 0, the gain of layers and batch norms that are zero

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ltx.activations import ACTIVATIONS
 from ltx.checks import interval, one_of
-from ltx.constructions import CONSTRUCTIONS, HEADS, SCALINGS
-from ltx.constructions.layout import IMAGE, Layout, constant_value, nonnegative
-from ltx.constructions.problems import constant_tap, layer_scale, no_constant_tap
+from ltx.constructions import CONSTRUCTIONS, SCALINGS
+from ltx.constructions.layout import IMAGE, VECTORS, Layout, constant_value, nonnegative
+from ltx.constructions.problems import constant_tap, layer_scale
 from ltx.constructions.strides import PairGeometry, pair_geometry, pair_kernel_of
 from ltx.constructions.two_for_one import pair_activation, pair_law
 from ltx.errors import LtxError
@@ -123,7 +123,7 @@ def parts_of(
         LtxError: a law, construction, scaling or pair that is not known, no range.
         ConstructionError: a bias whose constants read the zero padding wherever the kernel looks.
     """
-    one_of("law", law, tuple(LAWS))
+    one_of("law", law, LAWS)
     one_of("construction", construction, CONSTRUCTIONS)
     one_of("scaling", scaling, SCALINGS)
     input_range, kernel = interval("input_range", input_range), pair_kernel_of(kernel, stride)
@@ -143,19 +143,16 @@ def parts_of(
         scale, pair = layer_scale(layer, scaling), construction == "2L" or reads == IMAGE
         phi = pair_activation(graph, name) if pair else ACTIVATIONS["identity"]
         rows = pair_law(phi, before in never_negative)
-        taps, geometry = weight.shape[2], None
+        taps, geometry, needed = weight.shape[2], None, name in joined.needs
         if pair:
             # also flattened images of 1x1, which are no vectors
-            image = layer.kind == "conv" or (reads != IMAGE and graph.layers[joined.writers[reads][0]].kind == "conv")
-            geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride)
-        if name in joined.needs:
-            if geometry is None:
-                constant_tap(layer, name, taps, needed=True)
-            elif geometry.constants is None:
-                raise no_constant_tap(layer, name)
+            image = layer.kind == "conv" or (reads != IMAGE and joined.kind[before] != VECTORS)
+            geometry = pair_geometry(layer, name, taps, image=image, kernel=kernel, stride=stride, needed=needed)
+        else:
+            constant_tap(layer, name, taps, needed=needed)
         how = joined.constants.get(joined.stream[name])
         makes = how is not None and how.sums and joined.writers[joined.stream[name]][0] == name
-        largest_sum = max(float(layer.bias.abs().max()), float(makes)) if name in joined.needs else 0.0
+        largest_sum = max(float(layer.bias.abs().max()), float(makes)) if needed else 0.0
         share = phi.slope_pos / rows.gain if len(rows.signs) == 2 else 1.0  # theirs is one of two base sets
         found[name] = Part(
             layer, weight, reads, joined.stream[name], pair, len(rows.signs), rows.signs != (0,), rows.opposite,
@@ -163,12 +160,6 @@ def parts_of(
             "" if reads == IMAGE else joined.writers[reads][0], partial(_constant, graph, joined, before, share),
         )  # fmt: skip
     return found
-
-
-def kept_of(graph: Graph, head: str) -> tuple[str, ...]:
-    """The layers that are taken from the target."""
-    one_of("head", head, HEADS)
-    return graph.head if head == "keep" else ()
 
 
 def _constant(graph: Graph, joined: Layout, place: str, share: float, off: float) -> tuple[float, float]:
