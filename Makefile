@@ -6,8 +6,7 @@ BIN := $(VENV)/bin
 LTX := $(BIN)/ltx
 PROTOCOL ?= quick
 ACTIVATIONS := relu,leaky_relu,tanh,sigmoid
-# OpenMP's threads must not spin while they wait: that takes the cores from the other processes.
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+SIDE_BY_SIDE := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 DEMO := target=digits protocol=quick output_dir=outputs/demo
 
 .DEFAULT_GOAL := help

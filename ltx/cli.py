@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import errno
+import gc
 import importlib
 import io
 import itertools
@@ -53,11 +54,14 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         codecs.register_error("ltx", _encoded)
         sys.stdout.reconfigure(errors="ltx")
+    gc.disable()  # until all is imported (`_hydra`): none of it is garbage, and to look for some takes a second
     try:
         status = run(sys.argv[1:])
         print(end="", flush=True)
     except OSError as error:  # of --help
         status = _fail(_os_error(error))
+    finally:
+        gc.enable()
     sys.exit(status)
 
 
@@ -176,6 +180,9 @@ def _hydra(command: str, overrides: list[str]) -> int:
     def job(cfg: DictConfig) -> None:
         try:
             task = importlib.import_module(f"ltx.tasks.{COMMANDS[command][0]}")
+            if not gc.isenabled():
+                gc.freeze()
+                gc.enable()
             settings = config.settings_from(cfg)
             if command != "bounds":
                 settings.require_solvable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -305,8 +306,9 @@ def _unknown(config: DictConfig, prefix: str = "") -> list[str]:
     return sorted(f"{prefix}{key}" for key in config if key not in names) + [k for found in inner for k in found]
 
 
+@functools.cache
 def register() -> None:
-    """Make the schema known to Hydra."""
+    """Make the schema known to Hydra, once in a process."""
     ConfigStore.instance().store(name="settings_schema", node=Settings)
 
 

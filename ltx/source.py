@@ -109,7 +109,8 @@ def _drawn(layer: SourceLayer, seed: int, index: int, rows: Tensor, offsets: Ten
 def uniform(seed: int, layer: int, rows: Tensor, offsets: Tensor) -> Tensor:
     """Uniform on [-1, 1), float32, of each (layer, row, offset)."""
     if rows.device.type == "cpu":
-        flat = _uniform_cpu(np.uint64(seed), np.uint64(layer), rows.flatten().numpy(), offsets.flatten().numpy())
+        where = (t.flatten().contiguous().numpy() for t in (rows, offsets))  # one layout: compiled once
+        flat = _uniform_cpu(np.uint64(seed), np.uint64(layer), *where)
         return torch.from_numpy(flat).view(offsets.shape)
     return _uniform_by_tensors(seed, layer, rows, offsets)
 

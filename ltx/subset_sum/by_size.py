@@ -110,7 +110,7 @@ def search(values, targets, epsilon, sizes, mask, size, error):
         x, theta = np.zeros((m, LANES)), np.zeros(LANES)
         sums, least = np.zeros((m + 1, LANES)), np.empty((2, LANES))
         err, prefix, index = np.zeros((2, LANES)), np.empty((2, LANES), np.int64), np.empty(m, np.int64)
-        row = 0
+        row = np.int64(0)  # a literal 0 has _one_size compiled a second time
         k = 1
         while k <= sizes and count > 0:
             together = 2 if k == 1 and sizes > 1 else 1  # few are solved by one value: two sizes before closing ranks
