@@ -35,6 +35,7 @@ class Activation:
     turns: tuple[float, ...] = ()  # where it changes from falling to rising or back
     steepest: float | None = None  # the slope rises up to here and falls from here on; None: it does neither
     curvature: float = math.inf  # the slope of phi changes by at most so much times the distance
+    jump: tuple[float, float] | None = None  # where phi falls at once, which no slope tells, and by how much at most
     parameters: tuple[tuple[str, float | str], ...] = ()  # of its family, by the names that PyTorch has for them
 
     @property
@@ -69,10 +70,16 @@ class Activation:
             inside, value = (low < turn) & (turn < high), self.value(turn)
             least = torch.where(inside, least.clamp_max(value), least)
             largest = torch.where(inside, largest.clamp_min(value), largest)
-        return least, largest
+        fall = self.fall(low, high)
+        return least - fall, largest + fall
+
+    def fall(self, low: Tensor, high: Tensor) -> Tensor:
+        """By how much phi(y) - phi(x) may be off what `slopes` says of x and y in each [low, high]: where phi jumps."""
+        at, by = self.jump or (math.inf, 0.0)
+        return torch.where((low <= at * (1 + 1e-12)) & (at * (1 - 1e-12) <= high), by, 0.0).to(low)
 
     def slopes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the slope over each [low, high]: of (phi(y) - phi(x)) / (y - x) for x and y in it."""
+        """Bounds of the slope over each [low, high]: of (phi(y) - phi(x)) / (y - x) for x, y in it, but for jumps."""
         least, largest = torch.full_like(low, self.least_slope), torch.full_like(low, self.lipschitz)
         if self.steepest is not None:
             with torch.enable_grad():
@@ -85,15 +92,16 @@ class Activation:
         return least, largest
 
     def linear_error(self, reach: Tensor) -> Tensor:
-        """An upper bound of |phi - phi_hat| on [-reach, reach]: the least eps with a(eps) >= reach, infinite for none.
+        """An upper bound of |phi - phi_hat| on [-reach, reach]: the least eps with a(eps) >= reach, up to a factor.
 
-        Bisected up to a factor, since a(eps) rises with eps.
+        Where there is none, what the steepest slopes of both leave: they are equal at 0.
         """
         if self.exact:
             return torch.zeros_like(reach)
         radii, errors = self._neighbourhoods
         found = torch.searchsorted(radii, reach.double().contiguous() * (1 + 1e-12))
-        return torch.where(reach > 0, errors[found], 0.0)
+        apart = (self.lipschitz + max(abs(self.slope_pos), abs(self.slope_neg))) * (1 + 1e-12) * reach.double()
+        return torch.where(reach > 0, torch.where(errors[found].isinf(), apart, errors[found]), 0.0)
 
     @cached_property
     def _neighbourhoods(self) -> tuple[Tensor, Tensor]:
@@ -237,7 +245,8 @@ def silu() -> Activation:
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     """log(1 + e^(beta x)) / beta, whose curvature is at most beta / 4.
 
-    PyTorch takes x itself where beta x is beyond the threshold, and jumps there: from 20 on by less than rounding.
+    PyTorch takes x itself where beta x is beyond the threshold, and so falls there by log(1 + e^-threshold) / beta:
+    from 20 on by less than float32 rounds.
     """
     _check("softplus", 0 < beta < math.inf, f"beta {beta:g} must be positive")
     _check("softplus", threshold >= 20, f"with threshold {threshold:g} it jumps; it must be at least 20")
@@ -248,6 +257,7 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     return Activation(
         "softplus", fn, lambda: nn.Softplus(beta, threshold), 0.5, 0.5, math.log(2) / beta, 1.0,
         lambda eps: min(math.sqrt(8 * eps / beta), 20 / beta), steepest=math.inf, curvature=beta / 4,
+        jump=(threshold / beta, (1 + 1e-6) * math.log1p(math.exp(-threshold)) / beta),
         parameters=(("beta", beta), ("threshold", threshold)) if (beta, threshold) != (1, 20) else (),
     )  # fmt: skip
 

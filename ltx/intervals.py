@@ -1,7 +1,8 @@
 """Interval arithmetic, rounded outwards: what a network's nodes can be over all inputs in a box.
 
 Sums are formed in float64 in whatever order the library likes, so that a sum of n terms is off by at most
-(n + 1) 2^-53 times the sum of their magnitudes; every bound is widened by more than that.
+(n + 1) 2^-53 times the sum of their magnitudes; every bound is widened by more than that. What overflows or is not
+known is infinite.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Interval:
         return Interval(self.low.clamp_max(0), self.high.clamp_max(0))
 
     def widened(self, by: Tensor | float = 0.0) -> Interval:
-        """By what some operations round off their results, which leaves their signs, and `by`."""
-        return Interval(self.low - (4 * UNIT * self.low.abs() + by), self.high + (4 * UNIT * self.high.abs() + by))
+        """By what some operations round off their results, which leaves their signs, and `by`; no end is NaN."""
+        low, high = self.low - (4 * UNIT * self.low.abs() + by), self.high + (4 * UNIT * self.high.abs() + by)
+        return Interval(torch.where(low.isnan(), -torch.inf, low), torch.where(high.isnan(), torch.inf, high))
 
     def __add__(self, other: Interval) -> Interval:
         return Interval(self.low + other.low, self.high + other.high).widened()
@@ -111,7 +113,8 @@ class Interval:
         Args:
             weight: (C_out, C_in, kh, kw) on (C, H, W), or (C_out, n) on (n,), float64.
             how: stride, padding, dilation.
-            terms: where an entry is itself a sum, the sum of the magnitudes, for its rounding; of weight's shape.
+            terms: where an entry is itself a sum, the sum of the magnitudes, for its rounding; of weight's shape. An
+                entry is a sum of at most as many as weight has entries in a row, else this is larger.
         """
         centre, radius = (self.low + self.high) / 2, (self.high - self.low) / 2
         terms = weight.abs() if terms is None else terms

@@ -14,14 +14,15 @@ from torch import nn
 from ltx import LtxError, Ticket, construct, theory
 from ltx.activations import ACTIVATIONS
 from ltx.adversary import ascend
-from ltx.certificates import certify
-from ltx.certificates.forwards import Forwards
+from ltx.certificates import Certificate, certify
+from ltx.certificates.forwards import Forwards, Rows
 from ltx.certificates.tightened import _bounds, _reaches, tightened
 from ltx.certificates.together import together
 from ltx.graph import run, trace
 from ltx.intervals import Interval
 from ltx.report import certificate as report
 from ltx.targets.masked import MaskedConv2d, MaskedLinear
+from ltx.tasks import certify as task
 from ltx.tasks import targets_at
 
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
@@ -214,6 +215,72 @@ def test_boxes_without_images():
     ):  # fmt: skip
         with pytest.raises(LtxError, match=r"low and high must be finite images \(C, H, W\) with low <= high"):
             certify(ticket, graph, low, high)
+    with pytest.raises(LtxError, match=r"images \(3, 6, 6\) do not fit the network: "):
+        certify(ticket, graph, *(end.expand(3, 6, 6) for end in box()))
+
+
+@both
+@pytest.mark.parametrize("phi", [nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU])
+def test_boxes_far_beyond_the_input_range(phi, construction):
+    """Where Assumption 2.3 knows no error of a linear activation, and where numbers overflow."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), phi(), nn.Conv2d(2, 1, 3, padding=1)).eval()
+    ticket = construct(model, construction=construction, head="construct", scaling="layer_max", base_set_size=20)
+    x = images(50, 4)
+    for size in (1, 1e3, 1e6):
+        least, most = (end.double() * size for end in box(4))
+        proven, plain = certify(ticket, model, least, most), certify(ticket, model, least, most, sharp=False)
+        assert (apart(ticket, model, torch.cat([x, x.sign()]) * size).view(-1) <= proven.bound).all()
+        assert (proven.bound <= plain.bound).all()
+        assert plain.bound.isfinite().all()
+        if phi in (nn.Hardtanh, nn.Tanh, nn.Sigmoid):
+            assert proven.largest < 40
+    least, most = (end.double() * 1.7e308 for end in box(4))
+    for sharp in (True, False):
+        assert certify(ticket, model, least, most, sharp=sharp).largest == math.inf
+
+
+def scalar(*weights, phi=nn.Identity):
+    """A chain of numbers; phi behind the last but one."""
+    layers = [nn.Linear(1, 1, bias=False) for _ in weights]
+    with torch.no_grad():
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.fill_(weight)
+    return nn.Sequential(nn.Flatten(), *layers[:-1], phi(), layers[-1]).eval()
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+@pytest.mark.parametrize("sharp", [True, False])
+def test_softplus_falls_where_it_becomes_the_identity(sharp, seed):
+    """By 2e-9 at 20, between a slot and its channel."""
+    model = scalar(0.9, 0.9, 0.8, phi=nn.Softplus)
+    model.insert(2, nn.ReLU())
+    ticket = construct(model, construction="L+1", base_set_size=12, epsilon=0.001, seed=seed, head="construct",
+                       input_range=(0, 40))  # fmt: skip
+    x = torch.full((1, 1, 1), 19.99 / 0.81, dtype=torch.float64)
+    for radius in (1e-8, 1e-3, 1):
+        at = x + torch.linspace(-radius, radius, 201, dtype=torch.float64).view(-1, 1, 1, 1)
+        found = apart(ticket, model, at)
+        assert found <= certify(ticket, model, x - radius, x + radius, sharp=sharp).bound
+        assert found > 0.01
+
+
+@both
+@pytest.mark.parametrize("sharp", [True, False])
+def test_what_underflows_on_the_way_back_is_not_lost(sharp, construction):
+    model = scalar(*[1e-38] * 10)
+    ticket = construct(model, construction=construction, base_set_size=12, head="construct")
+    x = torch.full((1, 1, 1), 1e300, dtype=torch.float64)
+    assert apart(ticket, model, x[None]) <= certify(ticket, model, -x, x, sharp=sharp).bound
+
+
+def test_entries_that_are_sums_themselves():
+    """An interval around what float64 makes of 200,000 times 0.1 in one entry."""
+    value, there = torch.full((200_000,), 0.1, dtype=torch.float64), torch.zeros(200_000, dtype=torch.int64)
+    none = torch.zeros(1)
+    rows = Rows("", there[:1], torch.zeros(1, 1, 1), none, (), (), there, there, there, value)
+    part = rows.part("", rows.dense(value, there, 1), Interval.exactly(torch.ones(1)), rows.dense(value, there, 1))
+    found = part.x.affine(part.weight, terms=part.terms)
+    assert found.low.item() <= Fraction(0.1) * len(value) <= found.high.item()
 
 
 @pytest.mark.slow
@@ -246,9 +313,17 @@ def test_the_command(construction, ltx, tmp_path, monkeypatch):
     written.write_text(json.dumps(found | {"ltx": "0.0.9"}))
     with monkeypatch.context() as patch:
         patch.setattr(theory, "ticket_error", lambda *_, **__: math.inf)
+        patch.setattr(
+            task, "certify", lambda *args, sharp=True: certify(*args) if sharp else Certificate(everything, ())
+        )
+        everything = Interval(torch.full((10,), -torch.inf), torch.full((10,), torch.inf))
         status, out, err = ltx(*given, output_dir=tmp_path)
-    assert (status, "there already" in err, json.loads(written.read_text())["theorem"]) == (0, False, None)
-    assert "by the theorem's argument: nothing, it is too large for float64)" in out
+    there = json.loads(written.read_text())
+    assert (status, "there already" in err, there["theorem"], there["plain"]) == (0, False, None, None)
+    assert (
+        "copies apart: nothing, it is too large for float64; by the theorem's argument: nothing, it is too large for "
+        "float64)" in out
+    )
     assert "there already" in ltx(*given, output_dir=tmp_path)[2]
     written.write_text("{}")
     status, out, err = ltx("certify", str(path), "certify.starts=2", "certify.steps=2", output_dir=tmp_path)

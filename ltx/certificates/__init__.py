@@ -35,7 +35,7 @@ from ltx.certificates.tightened import tightened
 from ltx.defaults import usual_defaults
 from ltx.errors import LtxError
 from ltx.graph import Graph, fold_batch_norm, trace
-from ltx.intervals import Interval
+from ltx.intervals import Interval, node_intervals
 from ltx.ticket import Ticket
 
 
@@ -63,17 +63,18 @@ def certify(ticket: Ticket, target: nn.Module | Graph, low: Tensor, high: Tensor
 
     Args:
         ticket: one that `ltx.verification.verify` finds in order.
-        target: the network that it was made for, or its graph; where the ticket folds batch norm, the bound is to the
-            folded target, whose parameters are rounded to float32.
+        target: the network that it was made for, or its graph, whose parameters are float32: of batch norm scale and
+            shift (`ltx.graph.trace` rounds them), of batch norm that the ticket folds the folded layers.
         low, high: (C, H, W), the least and largest value of each element; any float type, exactly taken.
         sharp: whether the copies in a pair are treated as functions of the slot that they read, and not as slots with
             deviations of their own; and whether passes go back from the outputs, and from later activations.
 
     Returns:
-        a bound for the networks in exact arithmetic; float32 adds its own rounding when they are run.
+        a bound for the networks in exact arithmetic; float32 adds its own rounding when they are run. It is infinite
+        where float64 does not hold what there is to bound.
 
     Raises:
-        LtxError: a box without images, or without bounds.
+        LtxError: a box without images, without bounds, or of images that the target does not take.
         ConstructionError: a target that cannot be traced.
     """
     target = trace(target)
@@ -82,6 +83,10 @@ def certify(ticket: Ticket, target: nn.Module | Graph, low: Tensor, high: Tensor
     if not any(node.op == "batch_norm" for node in ticket.graph):
         target = fold_batch_norm(target)
     low, high = low.double().cpu(), high.double().cpu()
+    try:
+        node_intervals(target, Interval(low, high))
+    except RuntimeError as error:
+        raise LtxError(f"images {tuple(low.shape)} do not fit the network: {error}") from error
     known = tightened(ticket, target, low, high) if sharp else {}
     forwards = Forwards(ticket, target, Interval(low, high), sharp, known)
     nodes = tuple(forwards.run())

@@ -19,7 +19,7 @@ from ltx.activations import Activation, from_attributes
 from ltx.certificates.forwards import Forwards, Part, Rows, Slots
 from ltx.certificates.together import together
 from ltx.graph import Node
-from ltx.intervals import UNIT, Interval
+from ltx.intervals import TINY, UNIT, Interval
 from ltx.ticket import TicketNode
 
 
@@ -115,6 +115,7 @@ class Backwards:
         slopes = self.walk.slopes(node, before)
         slope = (slopes.low + slopes.high) / 2
         rest = before.off * Interval(slopes.low - slope, slopes.high - slope).widened()
+        rest = rest.widened(self.walk.fall(node, before))
         return slope, rest.within(mine.off - before.off * Interval.exactly(slope))
 
     def _layer(self, node: TicketNode) -> tuple[Rows, Iterable[Part]]:
@@ -135,10 +136,8 @@ class Backwards:
         before = self.walk.slots[name]
         found = _through(part.weight, rows.how, part.x.low, form)
         gamma = 4 * (part.weight.numel() + 16) * UNIT
-        size = (
-            form.abs().view(*form.shape[:2], -1).sum(2) @ part.terms.flatten(1).sum(1) * part.x.magnitude.max() * gamma
-        )
-        self.sum = self.sum.widened(size)
+        size = form.abs().view(*form.shape[:2], -1).sum(2) @ part.terms.flatten(1).sum(1)
+        self.sum = self.sum.widened((size * gamma + TINY) * part.x.magnitude.max())
         if part.of == "":
             self._known(found, part.x)
             return
@@ -175,9 +174,8 @@ class Backwards:
             found = _through(layer.weight.double(), how, before.low, form)
             gamma = 4 * (layer.weight.numel() + 16) * UNIT
             rows = layer.weight.double().abs().flatten(1).sum(1)
-            self.sum = self.sum.widened(
-                form.abs().view(*form.shape[:2], -1).sum(2) @ rows * before.magnitude.max() * gamma
-            )
+            size = form.abs().view(*form.shape[:2], -1).sum(2) @ rows
+            self.sum = self.sum.widened((size * gamma + TINY) * before.magnitude.max())
             self._follow(self.theirs, name, found)
         elif node.activation is not None:
             phi = node.activation
@@ -215,8 +213,8 @@ class Backwards:
     def _follow(self, forms: dict[str, Tensor], name: str, form: Tensor, x: Interval | None = None) -> None:
         """Add a form of what is at a node; x: its values, where the form was rounded."""
         if x is not None:
-            size = form.abs().flatten(1).sum(1) * x.magnitude.max() * (form[0].numel() + 16) * UNIT
-            self.sum = self.sum.widened(size)
+            size = form.abs().flatten(1).sum(1) * (form[0].numel() + 16) * UNIT
+            self.sum = self.sum.widened((size + TINY) * x.magnitude.max())
         forms[name] = forms[name] + form if name in forms else form
 
 
@@ -239,7 +237,8 @@ def _pulled(function: Callable[[Tensor], Tensor], x: Tensor, form: Tensor) -> Te
 def _chord(phi: Activation, x: Interval) -> tuple[Tensor, Interval]:
     """A slope a, and bounds of phi(x) - a x over each interval.
 
-    The difference is looked at in 100 places; between them it differs by at most the slopes' reach times half a step.
+    The difference is looked at in 100 places; between them it differs by at most the slopes' reach times half a step,
+    and by a jump.
     """
     ends = phi.fn(x.low), phi.fn(x.high)
     width = (x.high - x.low).clamp_min(1e-12)
@@ -251,5 +250,5 @@ def _chord(phi: Activation, x: Interval) -> tuple[Tensor, Interval]:
         least, largest = torch.minimum(least, value), torch.maximum(largest, value)
     slopes = phi.slopes(x.low, x.high)
     steep = torch.maximum((slopes[0] - chord).abs(), (slopes[1] - chord).abs())
-    rest = Interval(least, largest).widened(steep * width / 200 + 8 * UNIT * (1 + chord.abs()) * (1 + x.magnitude))
-    return chord, rest
+    slack = 8 * UNIT * (1 + chord.abs()) * (1 + x.magnitude) + phi.fall(x.low, x.high)
+    return chord, Interval(least, largest).widened(steep * width / 200 + slack)

@@ -119,7 +119,7 @@ class Forwards:
         if node.op == "activation":
             phi = from_attributes(node.attributes)
             theirs, own = self.theirs(before).through(phi), own.through(phi)
-            off = (off * self.slopes(node, before)).within(own - theirs)
+            off = (off * self.slopes(node, before)).widened(self.fall(node, before)).within(own - theirs)
         elif node.op == "batch_norm":
             scale, shift, *apart = self.norms(node, before)
             off = off.scaled(scale, torch.zeros_like(shift)) + self.theirs(before).scaled(*apart)
@@ -141,6 +141,11 @@ class Forwards:
         """Of an activation between what a slot and its channel can be."""
         reach = before.own.joined(self.theirs(before))
         return Interval(*from_attributes(node.attributes).slopes(reach.low, reach.high))
+
+    def fall(self, node: TicketNode, before: Slots) -> Tensor:
+        """By how much a slot may be off what these slopes say."""
+        reach = before.own.joined(self.theirs(before))
+        return from_attributes(node.attributes).fall(reach.low, reach.high)
 
     def norms(self, node: TicketNode, before: Slots) -> tuple[Tensor, ...]:
         """Scale and shift of a given batch norm, and by how much they differ from the channel's, (C,) each."""
@@ -307,6 +312,8 @@ class Rows:
     def part(self, of: str, weight: Tensor, x: Interval, terms: Tensor | None = None) -> Part:
         shape = (*weight.shape[:2], *self.kernel) if self.kernel else (len(weight), -1)
         terms = weight.abs() if terms is None else terms
+        if len(self.row):  # entries that are sums of more than there are entries in a row round by more
+            terms = terms * max(1.0, int(self.row.bincount().max()) / weight[0].numel())
         x = x if self.kernel else x.map(torch.flatten)
         return Part(of, weight.reshape(shape), x, terms.reshape(shape))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ltx.activations import from_attributes
 from ltx.certificates.forwards import Forwards, Slots
-from ltx.intervals import UNIT, Interval
+from ltx.intervals import TINY, UNIT, Interval
 from ltx.ticket import TicketNode
 
 
@@ -30,10 +30,11 @@ def together(walk: Forwards, node: TicketNode, form: Tensor) -> tuple[Tensor, In
     slope = (least + largest) / 2
     reach = (largest - least) * (0.5 + 4 * UNIT)
     slopes = walk.slopes(node, before)
-    alone = before.off * Interval(slopes.low - slope, slopes.high - slope).widened()
+    fall = walk.fall(node, before)
+    alone = (before.off * Interval(slopes.low - slope, slopes.high - slope).widened()).widened(fall)
     alone = alone.within(mine.off - before.off * Interval.exactly(slope))
-    curved = before.off.magnitude.square() * (phi.curvature / 2) * (1 + 8 * UNIT)
-    low, high = torch.zeros(len(form), dtype=torch.float64), torch.zeros(len(form), dtype=torch.float64)
+    curved = (before.off.magnitude.square() * (phi.curvature / 2) + fall) * (1 + 8 * UNIT) + TINY
+    low, high, sizes = (torch.zeros(len(form), dtype=torch.float64) for _ in range(3))
     patches = _patches(walk, before)
     for channel in before.labels[before.labels >= 0].unique().tolist():
         slots = (before.labels == channel).nonzero().flatten()
@@ -43,10 +44,11 @@ def together(walk: Forwards, node: TicketNode, form: Tensor) -> tuple[Tensor, In
         ends = part * alone.low[slots], part * alone.high[slots]
         one, other = torch.minimum(*ends).sum(1), torch.maximum(*ends).sum(1)
         slack = (len(slots) + 16) * UNIT * (size * alone.magnitude[slots]).sum(1)
-        low += torch.maximum(-off, one - slack).flatten(1).sum(1)
-        high += torch.minimum(off, other + slack).flatten(1).sum(1)
-    slack = (form[0].numel() + 16) * UNIT * torch.maximum(low.abs(), high.abs())
-    return slope, Interval(low, high).widened(slack)
+        least, most = torch.maximum(-off, one - slack), torch.minimum(off, other + slack)
+        low += least.flatten(1).sum(1)
+        high += most.flatten(1).sum(1)
+        sizes += torch.maximum(least.abs(), most.abs()).flatten(1).sum(1)
+    return slope, Interval(low, high).widened((form[0].numel() + 16) * UNIT * sizes + TINY)
 
 
 def _patches(walk: Forwards, before: Slots) -> tuple[Tensor, Tensor]:

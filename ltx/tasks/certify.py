@@ -7,6 +7,7 @@ import logging
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -71,7 +72,7 @@ def run(settings: Settings) -> Path:
     where = {"measured": (apart, images)}
     if settings.certify.starts:
         where["ascent"] = _ascent(settings, network, model, low.to(device), high.to(device))
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, (values, at) in where.items():
         found[name] = _largest(values.double().cpu(), at, proven.bound, ticket, graph)
         over = (found[name] > proven.bound).nonzero().flatten().tolist()
@@ -93,9 +94,19 @@ def run(settings: Settings) -> Path:
     of = "" if ticket.law == "uniform" else f" {ticket.law} source,"
     title = f"{ticket.construction}, {ticket.activation},{of} seed {ticket.seed}"
     save(report.figure(nodes, title), written.with_suffix(""))
+    result = _with_null(result)
     write_json(written, result)  # behind the figures, so that they are there where it is
     _print(result)
     return written
+
+
+def _with_null(value: Any) -> Any:
+    """A result as JSON has it: None for what is infinite."""
+    if isinstance(value, dict):
+        return {key: _with_null(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_null(part) for part in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def _ascent(
@@ -173,19 +184,16 @@ def _print(result: dict) -> None:
     table = pd.DataFrame(result["outputs"]).loc[:, columns].rename(columns=_TITLES)
     shown = table.astype(object).map(lambda v: "–" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else v)
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
-    theorem = result["theorem"]
-    if theorem is not None:
-        said = f"{theorem:.4g}"
-    elif result["selection"] == "feedback":
-        said = "nothing, no parameter is within epsilon"
-    else:
-        said = "nothing, it is too large for float64"
+    said = {name: "nothing, it is too large for float64" if result[name] is None else f"{result[name]:.4g}"
+            for name in ("certificate", "plain", "theorem")}  # fmt: skip
+    if result["theorem"] is None and result["selection"] == "feedback":
+        said["theorem"] = "nothing, no parameter is within epsilon"
     print(
-        f"No output is off by more than {result['certificate']:.4g} for any input with elements in "
+        f"No output is off by more than {said['certificate']} for any input with elements in "
         f"[{result['input_range'][0]:.4g}, {result['input_range'][1]:.4g}]\n"
-        f"(layer by layer, copies apart: {result['plain']:.4g}; by the theorem's argument: {said})."
+        f"(layer by layer, copies apart: {said['plain']}; by the theorem's argument: {said['theorem']})."
     )
-    empty = [node["node"] for node in result["layers"] if node["deviation"] >= node["span"]]
+    empty = [n["node"] for n in result["layers"] if None in (n["deviation"], n["span"]) or n["deviation"] >= n["span"]]
     if empty:
         print(f"From activation {empty[0]} on a slot may be anywhere in its channel's range: nothing is proven of it.")
     print()
