@@ -76,7 +76,7 @@ class Activation:
     def fall(self, low: Tensor, high: Tensor) -> Tensor:
         """By how much phi(y) - phi(x) may be off what `slopes` says of x and y in each [low, high]: where phi jumps."""
         at, by = self.jump or (math.inf, 0.0)
-        return torch.where((low <= at * (1 + 1e-12)) & (at * (1 - 1e-12) <= high), by, 0.0).to(low)
+        return ((low <= at * (1 + 1e-12)) & (at * (1 - 1e-12) <= high)).to(low) * by
 
     def slopes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of the slope over each [low, high]: of (phi(y) - phi(x)) / (y - x) for x, y in it, but for jumps."""

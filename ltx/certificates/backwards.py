@@ -79,8 +79,8 @@ class Backwards:
             self.sum = self.sum + rest
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "activation":
-            slope, rest = self._once(("ticket", node.name), lambda: self._slope(node))
-            self._known(form, rest)
+            slope = walk.slope(node)
+            self._known(form, walk.beside(node, slope))
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "batch_norm":
             scale, _, apart, shift = (part.view(-1, *[1] * (form.ndim - 2)) for part in walk.norms(node, before))
@@ -108,15 +108,6 @@ class Backwards:
             self._known(form, Interval.exactly(rows.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.off.low.shape)))
             for part in parts:
                 self._part(part, rows, form, name)
-
-    def _slope(self, node: TicketNode) -> tuple[Tensor, Interval]:
-        """Of an activation, and what its slots are off beside the slope times what those in front are off."""
-        before, mine = self.walk.slots[node.inputs[0]], self.walk.slots[node.name]
-        slopes = self.walk.slopes(node, before)
-        slope = (slopes.low + slopes.high) / 2
-        rest = before.off * Interval(slopes.low - slope, slopes.high - slope).widened()
-        rest = rest.widened(self.walk.fall(node, before))
-        return slope, rest.within(mine.off - before.off * Interval.exactly(slope))
 
     def _layer(self, node: TicketNode) -> tuple[Rows, Iterable[Part]]:
         before = self.walk.slots[node.inputs[0]]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ltx.activations import ACTIVATIONS, Activation, from_attributes
+from ltx.errors import LtxError
 from ltx.graph import Graph, Layer
 from ltx.intervals import UNIT, Interval, node_intervals
 from ltx.source import SourceLayer
@@ -67,8 +69,12 @@ class Forwards:
     ):
         """known: what is proven already of the deviations at nodes of the ticket."""
         self.ticket, self.target, self.sharp, self.known = ticket, target, sharp, known or {}
-        self.channels = node_intervals(target, box)
+        try:
+            self.channels = node_intervals(target, box)
+        except RuntimeError as error:
+            raise LtxError(f"images {tuple(box.low.shape)} do not fit the network: {error}") from error
         self.slots: dict[str, Slots] = {}
+        self._slopes: dict[str, tuple[Interval, Tensor]] = {}  # of activations, and by how much these may be off them
 
     def run(self) -> list[NodeBound]:
         """Go through the ticket; the bounds behind its activations."""
@@ -119,7 +125,10 @@ class Forwards:
         if node.op == "activation":
             phi = from_attributes(node.attributes)
             theirs, own = self.theirs(before).through(phi), own.through(phi)
-            off = (off * self.slopes(node, before)).widened(self.fall(node, before)).within(own - theirs)
+            reach = before.own.joined(self.theirs(before))  # what a slot and its channel can be
+            slopes, fall = Interval(*phi.slopes(reach.low, reach.high)), phi.fall(reach.low, reach.high)
+            self._slopes[node.name] = slopes, fall
+            off = (off * slopes).widened(fall).within(own - theirs)
         elif node.op == "batch_norm":
             scale, shift, *apart = self.norms(node, before)
             off = off.scaled(scale, torch.zeros_like(shift)) + self.theirs(before).scaled(*apart)
@@ -137,15 +146,20 @@ class Forwards:
         image = all(slots.image for slots in inside)
         return Slots(node.name, labels, off.where(labels >= 0, own), own, image=image)
 
-    def slopes(self, node: TicketNode, before: Slots) -> Interval:
-        """Of an activation between what a slot and its channel can be."""
-        reach = before.own.joined(self.theirs(before))
-        return Interval(*from_attributes(node.attributes).slopes(reach.low, reach.high))
+    def slope(self, node: TicketNode) -> Tensor:
+        """The middle of what an activation's slope can be at each slot."""
+        slopes, _ = self._slopes[node.name]
+        return (slopes.low + slopes.high) / 2
 
-    def fall(self, node: TicketNode, before: Slots) -> Tensor:
-        """By how much a slot may be off what these slopes say."""
-        reach = before.own.joined(self.theirs(before))
-        return from_attributes(node.attributes).fall(reach.low, reach.high)
+    def fall(self, node: TicketNode) -> Tensor:
+        """By how much an activation may be off what its slopes say of each slot."""
+        return self._slopes[node.name][1]
+
+    def beside(self, node: TicketNode, slope: Tensor) -> Interval:
+        """What an activation's slots are off beside a slope times what those in front are off."""
+        (slopes, fall), off = self._slopes[node.name], self.slots[node.inputs[0]].off
+        rest = (off * Interval(slopes.low - slope, slopes.high - slope).widened()).widened(fall)
+        return rest.within(self.slots[node.name].off - off * Interval.exactly(slope))
 
     def norms(self, node: TicketNode, before: Slots) -> tuple[Tensor, ...]:
         """Scale and shift of a given batch norm, and by how much they differ from the channel's, (C,) each."""
@@ -302,6 +316,11 @@ class Rows:
     tap: Tensor
     value: Tensor  # float64
 
+    @cached_property
+    def most(self) -> int:
+        """No entry of a dense layer is a sum of more."""
+        return int(self.row.bincount(minlength=1).max())
+
     def dense(self, value: Tensor, column: Tensor, columns: int) -> Tensor:
         """(R, columns, K): values (n,) of the entries, added up at their rows, `column` (n,) and taps; -1: nowhere."""
         there, taps = column >= 0, self.wanted.shape[2]
@@ -312,8 +331,7 @@ class Rows:
     def part(self, of: str, weight: Tensor, x: Interval, terms: Tensor | None = None) -> Part:
         shape = (*weight.shape[:2], *self.kernel) if self.kernel else (len(weight), -1)
         terms = weight.abs() if terms is None else terms
-        if len(self.row):  # entries that are sums of more than there are entries in a row round by more
-            terms = terms * max(1.0, int(self.row.bincount().max()) / weight[0].numel())
+        terms = terms * max(1.0, self.most / weight[0].numel())  # of sums that are longer than a row
         x = x if self.kernel else x.map(torch.flatten)
         return Part(of, weight.reshape(shape), x, terms.reshape(shape))
 

@@ -23,17 +23,14 @@ from ltx.ticket import TicketNode
 
 def together(walk: Forwards, node: TicketNode, form: Tensor) -> tuple[Tensor, Interval]:
     """A slope for every slot (C, H, W), and bounds (O,) of what the form (O, C, H, W) is off with these slopes."""
-    before, mine, phi = walk.slots[node.inputs[0]], walk.slots[node.name], from_attributes(node.attributes)
+    before, phi = walk.slots[node.inputs[0]], from_attributes(node.attributes)
     assert before.linear is not None
     theirs = walk.theirs(before)
     least, largest = phi.slopes(theirs.low, theirs.high)
     slope = (least + largest) / 2
     reach = (largest - least) * (0.5 + 4 * UNIT)
-    slopes = walk.slopes(node, before)
-    fall = walk.fall(node, before)
-    alone = (before.off * Interval(slopes.low - slope, slopes.high - slope).widened()).widened(fall)
-    alone = alone.within(mine.off - before.off * Interval.exactly(slope))
-    curved = (before.off.magnitude.square() * (phi.curvature / 2) + fall) * (1 + 8 * UNIT) + TINY
+    alone = walk.beside(node, slope)
+    curved = (before.off.magnitude.square() * (phi.curvature / 2) + walk.fall(node)) * (1 + 8 * UNIT) + TINY
     low, high, sizes = (torch.zeros(len(form), dtype=torch.float64) for _ in range(3))
     patches = _patches(walk, before)
     for channel in before.labels[before.labels >= 0].unique().tolist():

@@ -149,25 +149,24 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, graph
 
 
 def _theorem(ticket: Ticket, graph: Graph, *, scaling: str) -> float | None:
-    """What the theorem's argument gives for parameters within epsilon; None for other tickets, or beyond float64."""
+    """What the theorem's argument gives for parameters within epsilon; None for other tickets."""
     if ticket.feedback:
         return None
     epsilons, sizes = (
         dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
     )  # fmt: skip
     head = "keep" if any(node.op == "given" for node in ticket.graph) else "construct"
-    found = theory.ticket_error(
+    return theory.ticket_error(
         graph, epsilons, sizes, construction=ticket.construction, head=head, scaling=scaling, law=ticket.law,
         input_range=(ticket.input_low, ticket.input_high),
     )  # fmt: skip
-    return found if math.isfinite(found) else None
 
 
 def _rows(proven: Certificate, seen: Certificate, found: dict[str, Tensor]) -> list[dict]:
     return [
         {
             "output": n, "certificate": float(proven.bound[n]), "over_the_data": float(seen.bound[n]),
-            **{name: float(values[n]) if values[n] >= 0 else None for name, values in found.items()},
+            **{name: float(values[n]) for name, values in found.items()},
         }
         for n in range(len(proven.bound))
     ]  # fmt: skip
