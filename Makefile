@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 LTX := $(BIN)/ltx
 PROTOCOL ?= quick
 ACTIVATIONS := relu,leaky_relu,tanh,sigmoid
-SIDE_BY_SIDE := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 DEMO := target=digits protocol=quick output_dir=outputs/demo
 
 .DEFAULT_GOAL := help
@@ -34,11 +33,11 @@ demo: setup  ## train, prune, construct, verify and evaluate on embedded digits,
 	$(LTX) tables $(DEMO)
 	$(LTX) page output_dir=outputs/demo
 
-test: setup  ## the default tests: CPU, no network, a few minutes
-	$(SIDE_BY_SIDE)
+test: setup  ## the default tests: CPU, no network, a few minutes; MARKED="not gpu" adds the slow ones
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(if $(MARKED),-m "$(MARKED)")
 
-test-slow: setup  ## the slow tests
-	$(SIDE_BY_SIDE) -m slow
+test-slow:  ## the slow tests
+	$(MAKE) test MARKED=slow
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
