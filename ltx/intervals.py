@@ -117,11 +117,12 @@ class Interval:
                 entry is a sum of at most as many as weight has entries in a row, else this is larger.
         """
         centre, radius = (self.low + self.high) / 2, (self.high - self.low) / 2
-        terms = weight.abs() if terms is None else terms
+        size = weight.abs()
+        terms = size if terms is None else terms
         gamma = (2 * weight[0].numel() + 16) * UNIT
         slack = gamma * terms.flatten(1).sum(1) * self.magnitude.max() * 2 + TINY
         middle = operations.affine(centre[None], weight, None, *how)[0]
-        spread = operations.affine(radius[None], weight.abs(), None, *how)[0]
+        spread = operations.affine(radius[None], size, None, *how)[0]
         return Interval.around(middle, spread + slack.view(-1, *[1] * (middle.ndim - 1)))
 
     def average(self, op: str, attributes: dict) -> Interval:

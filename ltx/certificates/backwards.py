@@ -67,8 +67,9 @@ class Backwards:
             self._follow(self.off, node.inputs[0], form.view(len(form), *before.shape))
             return
         there = mine.labels >= 0  # the others' values are known
-        self._known(form[:, ~there], mine.off[~there])
-        form = form * there.view(-1, *[1] * (form.ndim - 2))
+        if not bool(there.all()):
+            self._known(form[:, ~there], mine.off[~there])
+            form = form * there.view(-1, *[1] * (form.ndim - 2))
         before = walk.slots[node.inputs[0]]
         if (
             node.op == "activation"
@@ -106,8 +107,9 @@ class Backwards:
                 name = next(n for n in walk.ticket.graph if n.name == name).inputs[0]
             rows, parts = self._once(("ticket", node.name), lambda: self._layer(node))
             self._known(form, Interval.exactly(rows.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.off.low.shape)))
-            for part in parts:
-                self._part(part, rows, form, name)
+            form, sizes, some = _some_rows(form)
+            for part in parts if len(some) else ():
+                self._part(part, rows.how, form, sizes, some, name)
 
     def _layer(self, node: TicketNode) -> tuple[Rows, Iterable[Part]]:
         before = self.walk.slots[node.inputs[0]]
@@ -123,11 +125,12 @@ class Backwards:
             self._kept[node] = make()
         return self._kept[node]
 
-    def _part(self, part: Part, rows: Rows, form: Tensor, name: str) -> None:
+    def _part(self, part: Part, how: tuple, form: Tensor, sizes: Tensor, some: Tensor, name: str) -> None:
+        """One part of a layer, and of its rows those that a form of them has: `some`."""
         before = self.walk.slots[name]
-        found = _through(part.weight, rows.how, part.x.low, form)
+        found = _through(part.weight[some], how, part.x.low, form)
         gamma = 4 * (part.weight.numel() + 16) * UNIT
-        size = form.abs().view(*form.shape[:2], -1).sum(2) @ part.terms.flatten(1).sum(1)
+        size = sizes @ part.terms[some].flatten(1).sum(1)
         self.sum = self.sum.widened((size * gamma + TINY) * part.x.magnitude.max())
         if part.of == "":
             self._known(found, part.x)
@@ -162,10 +165,13 @@ class Backwards:
             layer = node.layer
             how = (layer.stride, layer.padding, layer.dilation)
             self._known(form, Interval.exactly(layer.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.low.shape)))
-            found = _through(layer.weight.double(), how, before.low, form)
+            form, sizes, some = _some_rows(form)
+            if not len(some):
+                return
+            weight = layer.weight[some].double()
+            found = _through(weight, how, before.low, form)
             gamma = 4 * (layer.weight.numel() + 16) * UNIT
-            rows = layer.weight.double().abs().flatten(1).sum(1)
-            size = form.abs().view(*form.shape[:2], -1).sum(2) @ rows
+            size = sizes @ weight.abs().flatten(1).sum(1)
             self.sum = self.sum.widened((size * gamma + TINY) * before.magnitude.max())
             self._follow(self.theirs, name, found)
         elif node.activation is not None:
@@ -207,6 +213,13 @@ class Backwards:
             size = form.abs().flatten(1).sum(1) * (form[0].numel() + 16) * UNIT
             self.sum = self.sum.widened((size + TINY) * x.magnitude.max())
         forms[name] = forms[name] + form if name in forms else form
+
+
+def _some_rows(form: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A form (O, R, ...) of those rows that it has, few where a pass has just begun; their magnitudes (O, r); which."""
+    sizes = form.abs().view(*form.shape[:2], -1).sum(2)
+    some = sizes.any(0).nonzero().flatten()
+    return (form, sizes, some) if len(some) == form.shape[1] else (form[:, some], sizes[:, some], some)
 
 
 def _through(weight: Tensor, how: tuple, x: Tensor, form: Tensor) -> Tensor:
