@@ -128,24 +128,27 @@ def dataset_spec(name: str) -> DatasetSpec:
 
 
 @lru_cache(maxsize=4)
-def load(name: str, *, train: bool, root: Path | None = None, device: str = "cpu") -> Split:
+def load(name: str, *, train: bool, root: str | Path | None = None, device: str = "cpu") -> Split:
     """Read one split, normalised, onto the device; kept in memory for the next call.
 
     Raises:
         DataError: the files are neither there nor reachable, or damaged.
     """
     spec = dataset_spec(name)
-    pixels, labels = spec.read(root or default_root(), train)
+    root = Path(root or default_root())
+    pixels, labels = spec.read(root, train)
     low, high = int(labels.min()), int(labels.max())
     if not 0 <= low <= high < spec.classes:
         raise DataError(
             f"{name}: labels from {low} to {high}, there are {spec.classes} classes; remove its folder in "
-            f"{root or default_root()} to download it again, or put the original files there"
+            f"{root} to download it again, or put the original files there"
         )
     return Split(_normalised(spec, pixels.to(device)), labels.to(device))
 
 
-def load_images(name: str, choose: Callable[[int], Tensor], *, root: Path | None = None, device: str = "cpu") -> Tensor:
+def load_images(
+    name: str, choose: Callable[[int], Tensor], *, root: str | Path | None = None, device: str = "cpu"
+) -> Tensor:
     """Some training images, normalised, in the memory of these alone.
 
     Args:
@@ -155,7 +158,7 @@ def load_images(name: str, choose: Callable[[int], Tensor], *, root: Path | None
         DataError: the files are neither there nor reachable, or damaged.
     """
     spec = dataset_spec(name)
-    pixels, _ = spec.read(root or default_root(), True)
+    pixels, _ = spec.read(Path(root or default_root()), True)
     return _normalised(spec, pixels[choose(len(pixels))]).to(device)  # on the CPU: the same bits for every device
 
 

@@ -73,7 +73,7 @@ def test_cifar10_that_fails_its_checksum(tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match=r"CIFAR-10: .*cifar-10-batches-py holds damaged files, or not all .*data_batch_1 to 5"
     ):
-        data.load("cifar10", train=False, root=tmp_path)
+        data.load("cifar10", train=False, root=str(tmp_path))
 
 
 def test_unknown_data_set():
