@@ -35,6 +35,7 @@ class Activation:
     turns: tuple[float, ...] = ()  # where it changes from falling to rising or back
     steepest: float | None = None  # the slope rises up to here and falls from here on; None: it does neither
     curvature: float = math.inf  # the slope of phi changes by at most so much times the distance
+    limits: tuple[float, float] = (-math.inf, math.inf)  # phi is nowhere outside
     jump: tuple[float, float] | None = None  # where phi falls at once, which no slope tells, and by how much at most
     parameters: tuple[tuple[str, float | str], ...] = ()  # of its family, by the names that PyTorch has for them
 
@@ -266,7 +267,7 @@ def tanh() -> Activation:
     """|tanh x - x| <= |x|^3 / 3 (section 2 of the paper)."""
     return Activation(
         "tanh", torch.tanh, nn.Tanh, 1.0, 1.0, 0.0, 1.0, lambda eps: min((3 * eps) ** (1 / 3), math.pi / 2),
-        steepest=0.0, curvature=(1 + 1e-12) * 4 / (3 * math.sqrt(3)),
+        steepest=0.0, curvature=(1 + 1e-12) * 4 / (3 * math.sqrt(3)), limits=(-1.0, 1.0),
     )  # fmt: skip
 
 
@@ -279,7 +280,7 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
 
     return Activation(
         "hardtanh", fn, lambda: nn.Hardtanh(min_val, max_val), 1.0, 1.0, 0.0, 1.0,
-        lambda eps: min(-min_val, max_val) + eps, steepest=0.0,
+        lambda eps: min(-min_val, max_val) + eps, steepest=0.0, limits=(min_val, max_val),
         parameters=(("min_val", min_val), ("max_val", max_val)) if (min_val, max_val) != (-1, 1) else (),
     )  # fmt: skip
 
@@ -289,7 +290,7 @@ def sigmoid() -> Activation:
     return Activation(
         "sigmoid", torch.sigmoid, nn.Sigmoid, 0.25, 0.25, 0.5, 0.25,
         lambda eps: min((48 * eps) ** (1 / 3), math.pi),
-        steepest=0.0, curvature=(1 + 1e-12) / (6 * math.sqrt(3)),
+        steepest=0.0, curvature=(1 + 1e-12) / (6 * math.sqrt(3)), limits=(0.0, 1.0),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltx.defaults import usual_defaults
 from ltx.evaluation import eval_mode
 
-RATE = 0.2  # longest step of an element, as a share of its range; it falls to 0
+RATE = 0.2  # step of an element whose gradient stays the same, as a share of its range; it falls to 0
 FIRST, SECOND = 0.9, 0.99  # Adam's averages
 
 
@@ -36,6 +36,8 @@ def ascend(
 ) -> Adversary:  # fmt: skip
     """Maximise the deviation of one output over the images between `low` and `high`, by Adam, clipped to the box.
 
+    An output that is no vector, such as an image, is flattened.
+
     Start n is after output n // 2 (modulo the outputs), above the target where n is even, below it where n is odd. Both
     networks are run in eval mode, and left as they are.
 
@@ -46,7 +48,7 @@ def ascend(
     """
 
     def apart(x: Tensor) -> Tensor:
-        return ticket(x) - target(x)
+        return (ticket(x) - target(x)).flatten(1)
 
     with eval_mode(ticket), eval_mode(target), _constant(ticket), _constant(target):
         with torch.no_grad():

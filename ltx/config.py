@@ -276,8 +276,11 @@ class Settings:
         )
 
     def plain(self) -> dict:
-        """The settings as plain values, for result files."""
-        return _plain(asdict(self))
+        """The settings as plain values, for result files; a network of one's own has activations of its own."""
+        found = _plain(asdict(self))
+        if self.target.module:
+            del found["activation"]
+        return found
 
 
 def settings_from(config: DictConfig) -> Settings:

@@ -105,7 +105,8 @@ class Interval:
     def through(self, phi: Activation) -> Interval:
         """phi of its numbers; functions of float64 are right to a few units in the last place."""
         slack = 0.0 if phi.exact else 4 * UNIT * self.magnitude + TINY
-        return Interval(*phi.range(self.low, self.high)).widened(slack)
+        found = Interval(*phi.range(self.low, self.high)).widened(slack)
+        return Interval(*(end.clamp(*phi.limits) for end in (found.low, found.high)))
 
     def affine(self, weight: Tensor, how: tuple = (), *, terms: Tensor | None = None) -> Interval:
         """A convolution or linear layer without bias.

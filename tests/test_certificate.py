@@ -180,6 +180,25 @@ def test_boxes_without_images():
         certify(ticket, graph, *(end.expand(3, 6, 6) for end in box()))
 
 
+def test_ascent_on_outputs_that_are_images():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)).eval()
+    ticket = construct(model, head="construct", base_set_size=18)
+    low, high = box(4)
+    found = ascend(ticket.to_module(), model, images(64, 4), low, high, steps=20)
+    assert found.outputs.unique().tolist() == list(range(32))
+    assert 0 < found.largest <= certify(ticket, model, low, high).largest
+
+
+def test_images_of_which_nothing_is_proven(ltx, tmp_path):
+    given = ["target=digits", "protocol=smoke", "construction=2L", "target.input_range=[0,0.05]"]
+    for command in ("train-target", "construct"):
+        assert ltx(command, *given, output_dir=tmp_path)[0] == 0
+    status, _, err = ltx("certify", *given, "certify.starts=0", output_dir=tmp_path)
+    assert status == 1
+    assert "the ticket was made for [0, 0.05], beyond which nothing is proven" in one_line(err.splitlines()[-1])
+    assert not list(tmp_path.glob("tickets/*/*/certificate.json"))
+
+
 @pytest.mark.slow
 @both
 def test_the_command(construction, ltx, tmp_path, monkeypatch):

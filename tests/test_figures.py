@@ -74,7 +74,9 @@ def test_figures_command(ltx, monkeypatch):
 def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):
     for epsilon, sizes in (("1e-9", range(1, 3)), ("3", range(12, 14))):
         monkeypatch.setattr(figures, "FAILURE_SIZES", sizes)
-        assert ltx("figures", "m=2", "problems=2", f"epsilon={epsilon}", "device=cpu")[0] == 0
+        status, _, err = ltx("figures", "m=2", "problems=2", f"epsilon={epsilon}", "device=cpu")
+        assert (status, "nan" in err) == (0, False)
+    assert "no fitted C" in err
 
 
 def _heights(axes):

@@ -174,12 +174,20 @@ def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
         ("target.module=OWN:attention", "ltx: "),
         ("target.module=OWN:leaves", "OWN:leaves: SystemExit: 0"),
         ("target.module=OWN:attention_behind_a_mean", "module 'attention' (MultiheadAttention): not supported"),
+        (
+            "activation=tanh target.module=OWN:make",
+            "activation=tanh has no meaning for target.module=OWN:make, which has relu; leave it out",
+        ),
+        (
+            "activation=relu target.module=OWN:two_functions",
+            "activation=relu has no meaning for target.module=OWN:two_functions, which has relu,tanh; leave it out",
+        ),
         ("target.module=torch.nn:ReLU", "ends with 'relu', which is no linear layer, so that there is no head to keep"),
         ("target.module=OWN:empty", "module '1' (Linear): has no values, it lies on the device 'meta'"),
     ],
 )
 def test_bad_modules(given, message, own, ltx, tmp_path):
-    status, out, err = ltx("construct", "target=digits", given.replace("OWN", own))
+    status, out, err = ltx("construct", "target=digits", *given.replace("OWN", own).split())
     assert (status, out) == (1, "")
     assert message.replace("OWN", own) in err.strip().splitlines()[-1]
     assert not list(tmp_path.glob("tickets"))
@@ -257,6 +265,11 @@ def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factor
     for seed in ("seed=0", "seed=1"):
         assert ltx("construct", *given, seed)[0] == 0
         assert ltx("eval", *given, seed)[0] == 0
+    accounts = [json.loads(path.read_text()) for path in tmp_path.glob("tickets/*/*/construction.json")]
+    assert [account["activation"] for account in accounts] == [
+        {"make": "relu", "two_functions": "relu,tanh"}[factory]
+    ] * 2
+    assert not any("activation" in account["settings"] for account in accounts)  # none was asked for
     status, _, err = ltx("tables", *given)
     assert status == 0, err
     table = pd.read_csv(tmp_path / "tables" / f"table1-{factory}-mnist-construct-layer_max-m20-eps0.01.csv")
@@ -267,6 +280,9 @@ def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factor
         "mnist, 20 test images"
         in (tmp_path / "tables" / f"table1-{factory}-mnist-construct-layer_max-m20-eps0.01.md").read_text()
     )
+    said = ltx("tables", *given, "epsilon=0.02")[2].splitlines()[-1]
+    assert f"for target.module={own}:{factory} m=20" in said
+    assert "paper-tables" not in said
     status, _, err = ltx("tables", *given, "target.module=nowhere:make")
     assert status == 1
     assert "nowhere" in err.strip().splitlines()[-1]

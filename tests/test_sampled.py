@@ -134,7 +134,7 @@ def test_sampled_errors_and_what_stands_beside_them(outputs, ltx, tmp_path):
     assert "random subset-sum problems of a normal source, and" in " ".join(normal.split())
     assert "of a normal source" not in out
     status, found, _ = ltx("construct", *given, "construction=sampled", "law=normal")
-    many = [json.loads(path.with_name("construction.json").read_text())["parameters"]
+    many = [json.loads(path.with_name("construction.json").read_text())["ticket_parameters"]
             for path in (drawn, last_line(found))]  # fmt: skip
     assert 1.05 * many[0] < many[1] < 1.3 * many[0]
     assert ltx("tables", *given)[1] == out

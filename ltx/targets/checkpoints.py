@@ -57,9 +57,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         IndexError,
         pickle.UnpicklingError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [""])[0]
+        reason = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's advice is to give up weights_only
-            reason = "no file of tensors alone"
+            reason = "no file of tensors alone, as model.state_dict() is saved"
         raise CheckpointError(f"checkpoint {path}: cannot be read ({reason}); is it whole?") from error
     except Exception as error:  # safetensors raises a bare class of its own
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); is it whole?") from error

@@ -64,6 +64,7 @@ def run(settings: Settings) -> Path:
     folded = not any(node.op == "batch_norm" for node in ticket.graph)
     graph = fold_batch_norm(target.graph) if folded else target.graph
     low, high = (torch.full_like(images[0], value, device="cpu") for value in (ticket.input_low, ticket.input_high))
+    _require_inside(images, ticket, target.data)
     proven = certify(ticket, graph, low, high)
     seen = certify(ticket, graph, images.amin(0), images.amax(0))
     plain = certify(ticket, graph, low, high, sharp=False)
@@ -98,6 +99,17 @@ def run(settings: Settings) -> Path:
     write_json(written, result)  # behind the figures, so that they are there where it is
     _print(result)
     return written
+
+
+def _require_inside(images: Tensor, ticket: Ticket, data: str) -> None:
+    """LtxError for images of which nothing is proven; float32 rounds the ends of the range."""
+    least, largest = float(images.min()), float(images.max())
+    slack = 1e-5 * (ticket.input_high - ticket.input_low)
+    if least < ticket.input_low - slack or largest > ticket.input_high + slack:
+        raise LtxError(
+            f"inputs: {data} has images with elements between {least:.4g} and {largest:.4g}, the ticket was made for "
+            f"[{ticket.input_low:.4g}, {ticket.input_high:.4g}], beyond which nothing is proven; make one for theirs"
+        )
 
 
 def _with_null(value: Any) -> Any:

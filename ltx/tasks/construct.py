@@ -75,8 +75,10 @@ def run(settings: Settings) -> Path:
     write_json(  # before the ticket, so that it is there where the ticket is
         path.with_name("construction.json"),
         {
-            "target": str(target.path), "target_sha256": target.digest, "device": device, "seconds": seconds,
-            **asdict(made), **settings.built,
+            "target": str(target.path), "target_sha256": target.digest, "data": target.data,
+            "activation": target.activation, "input_range": list(target.input_range), **settings.made,
+            "ticket_parameters": ticket.parameters, "source_parameters": ticket.source_parameters,
+            **asdict(made), "seconds": seconds, "device": device,
             "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip
@@ -109,9 +111,10 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     write_json(
         path.with_name("construction.json"),
         {
-            "target": str(target.path), "target_sha256": target.digest, "seconds": time.perf_counter() - begin,
-            "parameters": found.parameters, "target_parameters": found.target_parameters, **settings.built,
-            "settings": settings.plain(), **provenance.here(),
+            "target": str(target.path), "target_sha256": target.digest, "data": target.data,
+            "activation": target.activation, "input_range": list(target.input_range), **settings.made,
+            "ticket_parameters": found.parameters, "target_parameters": found.target_parameters,
+            "seconds": time.perf_counter() - begin, "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip
     write_tensors(
@@ -138,7 +141,7 @@ def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
         return False
     how = {"target_sha256": target.digest, "scaling": settings.scaling.value}
     if read_result(path.with_name("construction.json"), how) is None:
-        log.info("%s: its construction.json is not beside it; constructing it again", path)
+        log.info("%s: no construction.json of it and these settings is beside it; constructing it again", path)
         return False
     try:
         if path.name == "sampled.safetensors":

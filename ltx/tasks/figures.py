@@ -52,7 +52,8 @@ def run(settings: Settings) -> Path:
     for curve in curves:
         fall = "" if math.isnan(curve.decay) else f", failures fall like exp(-m / {curve.decay:.2f}) in the end"
         sign = ">=" if curve.crossing is None else "="
-        log.info("%s, epsilon=%g: fitted C %s %.2f%s", curve.law, curve.epsilon, sign, curve.fitted_constant, fall)
+        fitted = "no fitted C" if math.isnan(curve.fitted_constant) else f"fitted C {sign} {curve.fitted_constant:.2f}"
+        log.info("%s, epsilon=%g: %s%s", curve.law, curve.epsilon, fitted, fall)
     return folder
 
 

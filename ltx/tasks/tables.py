@@ -37,12 +37,15 @@ def run(settings: Settings) -> Path:
     results = pd.DataFrame([r for r in measured if r.get("kind") in ("explicit", "sampled")])
     failed = _entries(_tickets(settings).glob("*/*/failure.json"), settings, digests)
     if results.empty:
+        own = settings.target.module
+        of = f"target.module={own}" if own else f"target={settings.target.name}"
         raise LtxError(
-            f"no results below {_tickets(settings)} for target={settings.target.name} "
-            f"m={settings.m} epsilon={settings.epsilon:g} selection={settings.selection.value} "
-            f"head={settings.head.value} scaling={settings.scaling.value} batch_norm={settings.batch_norm.value} "
-            f"law={settings.law.value} protocol={settings.protocol.name} limit={settings.limit or 'null'}; make them "
-            "with ltx construct and ltx eval (with a limit, say the same one here), or all with make paper-tables"
+            f"no results below {_tickets(settings)} for {of} m={settings.m} epsilon={settings.epsilon:g} "
+            f"selection={settings.selection.value} head={settings.head.value} scaling={settings.scaling.value} "
+            f"batch_norm={settings.batch_norm.value} law={settings.law.value} protocol={settings.protocol.name} "
+            f"limit={settings.limit or 'null'}; make them "
+            "with ltx construct and ltx eval (with a limit, say the same one here)"
+            f"{'' if own else ', or all with make paper-tables'}"
         )
     folder = Path(settings.output_dir) / "tables"
     kind = _kind(settings)

@@ -268,6 +268,11 @@ def _own(settings: Settings, name: str) -> Target:
     if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
         log.info("target.module=%s: its float64 parameters are rounded to float32", name)
         model = model.float()
+    if "activation" in given.overrides() and settings.activation.value != graph.functions:
+        raise LtxError(
+            f"activation={settings.activation.value} has no meaning for target.module={name}, which has "
+            f"{graph.functions or 'none'}; leave it out"
+        )
     return Target(
         path, model, graph, graph.digest(), name, graph.functions, settings.data.name,
         _input_range(settings, settings.data.name),
