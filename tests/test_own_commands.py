@@ -266,9 +266,8 @@ def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factor
         assert ltx("construct", *given, seed)[0] == 0
         assert ltx("eval", *given, seed)[0] == 0
     accounts = [json.loads(path.read_text()) for path in tmp_path.glob("tickets/*/*/construction.json")]
-    assert [account["activation"] for account in accounts] == [
-        {"make": "relu", "two_functions": "relu,tanh"}[factory]
-    ] * 2
+    functions = {"make": "relu", "two_functions": "relu,tanh"}[factory]
+    assert [account["activation"] for account in accounts] == [functions, functions]
     assert not any("activation" in account["settings"] for account in accounts)  # none was asked for
     status, _, err = ltx("tables", *given)
     assert status == 0, err

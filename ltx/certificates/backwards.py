@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ class Backwards:
             self.sum = self.sum + rest
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "activation":
-            slope = walk.slope(node)
-            self._known(form, walk.beside(node, slope))
+            slope, beside = self._once(("ticket", node.name), lambda: self._slope(node))
+            self._known(form, beside)
             self._follow(self.off, node.inputs[0], form * slope, before.off)
         elif node.op == "batch_norm":
             scale, _, apart, shift = (part.view(-1, *[1] * (form.ndim - 2)) for part in walk.norms(node, before))
@@ -107,9 +108,13 @@ class Backwards:
                 name = next(n for n in walk.ticket.graph if n.name == name).inputs[0]
             rows, parts = self._once(("ticket", node.name), lambda: self._layer(node))
             self._known(form, Interval.exactly(rows.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.off.low.shape)))
-            form, sizes, some = _some_rows(form)
-            for part in parts if len(some) else ():
-                self._part(part, rows.how, form, sizes, some, name)
+            there = _SomeRows.of(form)
+            for part in parts if len(there.which) else ():
+                self._part(part, self._back(there, part.weight, part.terms, rows.how, part.x), name)
+
+    def _slope(self, node: TicketNode) -> tuple[Tensor, Interval]:
+        slope = self.walk.slope(node)
+        return slope, self.walk.beside(node, slope)
 
     def _layer(self, node: TicketNode) -> tuple[Rows, Iterable[Part]]:
         before = self.walk.slots[node.inputs[0]]
@@ -125,13 +130,16 @@ class Backwards:
             self._kept[node] = make()
         return self._kept[node]
 
-    def _part(self, part: Part, how: tuple, form: Tensor, sizes: Tensor, some: Tensor, name: str) -> None:
-        """One part of a layer, and of its rows those that a form of them has: `some`."""
+    def _back(self, rows: _SomeRows, weight: Tensor, terms: Tensor, how: tuple, x: Interval) -> Tensor:
+        """A form of what a layer reads, x, from that of its rows; its rounding is added to the sum."""
+        gamma = 4 * (weight.numel() + 16) * UNIT
+        size = rows.sizes @ terms[rows.which].flatten(1).sum(1)
+        self.sum = self.sum.widened((size * gamma + TINY) * x.magnitude.max())
+        return _through(weight[rows.which], how, x.low, rows.form)
+
+    def _part(self, part: Part, found: Tensor, name: str) -> None:
+        """Add a form of what a part of a layer reads."""
         before = self.walk.slots[name]
-        found = _through(part.weight[some], how, part.x.low, form)
-        gamma = 4 * (part.weight.numel() + 16) * UNIT
-        size = sizes @ part.terms[some].flatten(1).sum(1)
-        self.sum = self.sum.widened((size * gamma + TINY) * part.x.magnitude.max())
         if part.of == "":
             self._known(found, part.x)
             return
@@ -165,15 +173,9 @@ class Backwards:
             layer = node.layer
             how = (layer.stride, layer.padding, layer.dilation)
             self._known(form, Interval.exactly(layer.bias.view(-1, *[1] * (form.ndim - 2)).expand(mine.low.shape)))
-            form, sizes, some = _some_rows(form)
-            if not len(some):
-                return
-            weight = layer.weight[some].double()
-            found = _through(weight, how, before.low, form)
-            gamma = 4 * (layer.weight.numel() + 16) * UNIT
-            size = sizes @ weight.abs().flatten(1).sum(1)
-            self.sum = self.sum.widened((size * gamma + TINY) * before.magnitude.max())
-            self._follow(self.theirs, name, found)
+            there, weight = _SomeRows.of(form), layer.weight.double()
+            if len(there.which):
+                self._follow(self.theirs, name, self._back(there, weight, weight.abs(), how, before))
         elif node.activation is not None:
             phi = node.activation
             chord, rest = self._once(("target", node.name), lambda: _chord(phi, before))
@@ -215,11 +217,19 @@ class Backwards:
         forms[name] = forms[name] + form if name in forms else form
 
 
-def _some_rows(form: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A form (O, R, ...) of those rows that it has, few where a pass has just begun; their magnitudes (O, r); which."""
-    sizes = form.abs().view(*form.shape[:2], -1).sum(2)
-    some = sizes.any(0).nonzero().flatten()
-    return (form, sizes, some) if len(some) == form.shape[1] else (form[:, some], sizes[:, some], some)
+class _SomeRows(NamedTuple):
+    """A form of those rows of a layer that it has, few where a pass has just begun."""
+
+    which: Tensor  # (r,)
+    form: Tensor  # (O, r, ...)
+    sizes: Tensor  # (O, r), of magnitudes the sum
+
+    @classmethod
+    def of(cls, form: Tensor) -> _SomeRows:
+        """Of a form (O, R, ...) of all of them."""
+        sizes = form.abs().view(*form.shape[:2], -1).sum(2)
+        which = sizes.any(0).nonzero().flatten()
+        return cls(which, form, sizes) if len(which) == form.shape[1] else cls(which, form[:, which], sizes[:, which])
 
 
 def _through(weight: Tensor, how: tuple, x: Tensor, form: Tensor) -> Tensor:

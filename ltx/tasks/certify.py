@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ltx import __version__, theory
 from ltx.adversary import ascend
 from ltx.certificates import Certificate, certify
+from ltx.checks import outside
 from ltx.config import Settings
 from ltx.deviation import ticket_deviations
 from ltx.errors import LtxError
@@ -40,8 +41,8 @@ def run(settings: Settings) -> Path:
     """Print the bounds, write them beside the ticket; the path of the JSON file.
 
     Raises:
-        LtxError: the ticket is not valid, or, which would be an error of `ltx`, is farther from its target somewhere
-            than was proven.
+        LtxError: the ticket is not valid, was made for other inputs than the test images, or, which would be an error
+            of `ltx`, is farther from its target somewhere than was proven.
     """
     path, ticket, known = find_ticket(settings)
     target = targets_at.require_comparable(path, ticket, known)
@@ -64,7 +65,12 @@ def run(settings: Settings) -> Path:
     folded = not any(node.op == "batch_norm" for node in ticket.graph)
     graph = fold_batch_norm(target.graph) if folded else target.graph
     low, high = (torch.full_like(images[0], value, device="cpu") for value in (ticket.input_low, ticket.input_high))
-    _require_inside(images, ticket, target.data)
+    if (reach := outside(images, ticket.input_low, ticket.input_high)) is not None:
+        made = f"[{ticket.input_low:g}, {ticket.input_high:g}]"
+        raise LtxError(
+            f"inputs: made for {made}, beyond which nothing is proven; images of {target.data} lie in {reach}: make a "
+            "ticket for these"
+        )
     proven = certify(ticket, graph, low, high)
     seen = certify(ticket, graph, images.amin(0), images.amax(0))
     plain = certify(ticket, graph, low, high, sharp=False)
@@ -99,17 +105,6 @@ def run(settings: Settings) -> Path:
     write_json(written, result)  # behind the figures, so that they are there where it is
     _print(result)
     return written
-
-
-def _require_inside(images: Tensor, ticket: Ticket, data: str) -> None:
-    """LtxError for images of which nothing is proven; float32 rounds the ends of the range."""
-    least, largest = float(images.min()), float(images.max())
-    slack = 1e-5 * (ticket.input_high - ticket.input_low)
-    if least < ticket.input_low - slack or largest > ticket.input_high + slack:
-        raise LtxError(
-            f"inputs: {data} has images with elements between {least:.4g} and {largest:.4g}, the ticket was made for "
-            f"[{ticket.input_low:.4g}, {ticket.input_high:.4g}], beyond which nothing is proven; make one for theirs"
-        )
 
 
 def _with_null(value: Any) -> Any:

@@ -59,14 +59,9 @@ def run(settings: Settings) -> Path:
             )  # fmt: skip
     except UnsolvedError as error:
         # tables say which tickets there are none of
-        about = {
-            "data": target.data, "input_range": list(target.input_range), "activation": target.activation,
-            **settings.made, **(feedback_columns(asdict(settings.feedback)) if feedback else {}),
-        }  # fmt: skip
-        write_json(
-            failure,
-            {"error": str(error), "kind": "explicit", **about, "target_sha256": target.digest, **provenance.here()},
-        )
+        how = feedback_columns(asdict(settings.feedback)) if feedback else {}
+        about = _about(target, settings) | how
+        write_json(failure, {"error": str(error), "kind": "explicit", **about, **provenance.here()})
         raise
     if failure.is_file():
         failure.unlink()  # of an earlier try
@@ -75,8 +70,7 @@ def run(settings: Settings) -> Path:
     write_json(  # before the ticket, so that it is there where the ticket is
         path.with_name("construction.json"),
         {
-            "target": str(target.path), "target_sha256": target.digest, "data": target.data,
-            "activation": target.activation, "input_range": list(target.input_range), **settings.made,
+            "target": str(target.path), **_about(target, settings),
             "ticket_parameters": ticket.parameters, "source_parameters": ticket.source_parameters,
             **asdict(made), "seconds": seconds, "device": device,
             "settings": settings.plain(), **provenance.here(),
@@ -92,6 +86,14 @@ def run(settings: Settings) -> Path:
         f", {1e6 * seconds / made.problems:.1f} us a problem" if made.problems else "",
     )  # fmt: skip
     return path
+
+
+def _about(target: targets_at.Target, settings: Settings) -> dict:
+    """What is made of which target, in the words of results."""
+    return {
+        "target_sha256": target.digest, "data": target.data, "input_range": list(target.input_range),
+        "activation": target.activation, **settings.made,
+    }  # fmt: skip
 
 
 def _advance(bar: tqdm, layer: str) -> None:
@@ -111,9 +113,8 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
     write_json(
         path.with_name("construction.json"),
         {
-            "target": str(target.path), "target_sha256": target.digest, "data": target.data,
-            "activation": target.activation, "input_range": list(target.input_range), **settings.made,
-            "ticket_parameters": found.parameters, "target_parameters": found.target_parameters,
+            "target": str(target.path), **_about(target, settings), "ticket_parameters": found.parameters,
+            "target_parameters": found.target_parameters,
             "seconds": time.perf_counter() - begin, "settings": settings.plain(), **provenance.here(),
         },
     )  # fmt: skip

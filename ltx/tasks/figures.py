@@ -52,7 +52,9 @@ def run(settings: Settings) -> Path:
     for curve in curves:
         fall = "" if math.isnan(curve.decay) else f", failures fall like exp(-m / {curve.decay:.2f}) in the end"
         sign = ">=" if curve.crossing is None else "="
-        fitted = "no fitted C" if math.isnan(curve.fitted_constant) else f"fitted C {sign} {curve.fitted_constant:.2f}"
+        fitted = (
+            "nothing fails" if math.isnan(curve.fitted_constant) else f"fitted C {sign} {curve.fitted_constant:.2f}"
+        )
         log.info("%s, epsilon=%g: %s%s", curve.law, curve.epsilon, fitted, fall)
     return folder
 
