@@ -41,7 +41,7 @@ SETTINGS = (
         "of the base sets",
         ("subset-sum", "bench"),
     ),
-    ("law", "uniform", "uniform, normal", "of the source's parameters", BUILD),
+    ("law", "uniform", "uniform, normal", "of the source's parameters", (*BUILD, "figures")),
     ("m", "15", "1 to 32", "base set size (bounds: any)", (*BUILD, "subset-sum", "figures")),
     ("epsilon", "0.01", "positive", "allowed error of one parameter", (*BUILD, *SUMS)),
     (

@@ -243,6 +243,21 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
     assert json.loads(last_line(out).read_text())["examples"] == 100
 
 
+@pytest.mark.parametrize("how", ["L+1", "sampled"])
+@pytest.mark.parametrize("head", ["keep", "construct"])
+def test_layers_without_a_weight_above_epsilon_are_named(how, head, outputs, ltx, tmp_path):
+    file = next(outputs.glob("targets/*/target.safetensors"))
+    state = read_tensors(file)[0]
+    largest = {name: float(state[f"{name}.weight"].abs().max()) for name in ("0", "2", "5")}
+    for epsilon in (min(largest.values()) / 2, *largest.values()):
+        dropped = [name for name in largest if largest[name] <= epsilon and (name != "5" or head == "construct")]
+        settings = (*SMOKE, f"construction={how}", f"head={head}", f"epsilon={epsilon!r}", f"target.checkpoint={file}")
+        status, _, err = ltx("construct", *settings, output_dir=tmp_path)
+        assert status == 0
+        assert ("up to which parameters are dropped" in err) == bool(dropped)
+        assert not dropped or f"no weight of {', '.join(dropped)} exceeds epsilon=" in err
+
+
 def test_tables_say_which_results_they_leave_out(outputs, ltx, tmp_path):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
     again = f"output_dir={tmp_path / 'again'}"

@@ -71,6 +71,27 @@ def test_figures_command(ltx, monkeypatch):
         (folder / name).write_bytes(whole)
 
 
+def test_figures_of_a_normal_source(ltx, monkeypatch):
+    monkeypatch.setattr(figures, "FAILURE_SIZES", range(4, 6))
+    drawn = {}
+    monkeypatch.setattr(drawing, "save", lambda figure, path: drawn.update({path.name: figure}))
+    for law, product, end in (("uniform", "product", ""), ("normal", "normal_product", "-normal")):
+        status, out, _ = ltx("figures", f"law={law}", "m=5", "problems=200", "device=cpu")
+        assert status == 0
+        for name, its in ((f"figure3{end}", law), (f"figure4{end}", product)):
+            table = pd.read_csv(Path(out.splitlines()[-1]) / f"{name}.csv")
+            assert table.law.tolist() == [its, its]
+            for line in table.itertuples():
+                assert (
+                    line.mean_error
+                    == summarise(sample(its, 5, 0.01, selection=line.selection, problems=200)).mean_error
+                )
+            assert drawing.LAW_NAMES[its] in drawn[name].get_suptitle()
+        panels = drawn[f"failures{end}"].axes
+        assert [axes.get_title("left") for axes in panels] == [drawing.LAW_NAMES[law], drawing.LAW_NAMES[product]]
+    assert len(drawn) == 6
+
+
 def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):
     for epsilon, sizes in (("1e-9", range(1, 3)), ("3", range(12, 14))):
         monkeypatch.setattr(figures, "FAILURE_SIZES", sizes)

@@ -14,9 +14,11 @@ from tqdm import tqdm
 from ltx import paths
 from ltx.config import Settings
 from ltx.constructions import Statistics, construct
+from ltx.constructions.layout import kept_of
 from ltx.constructions.sampled import sampled
 from ltx.errors import CheckpointError, LtxError, UnsolvedError
 from ltx.files import read_result, require_writable, write_json, write_tensors
+from ltx.graph import above, fold_batch_norm
 from ltx.targets import read_checkpoint
 from ltx.tasks import calibration, provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
@@ -36,6 +38,7 @@ def run(settings: Settings) -> Path:
     if not settings.force and _valid(path, target, settings):
         log.info("%s: there already; force=true constructs again", path)
         return path
+    _warn_of_dropped(target, settings)
     if settings.construction.value == "sampled":
         return _sample(settings, target, path)
     statistics: list[Statistics] = []
@@ -94,6 +97,21 @@ def _about(target: targets_at.Target, settings: Settings) -> dict:
         "target_sha256": target.digest, "data": target.data, "input_range": list(target.input_range),
         "activation": target.activation, **settings.made,
     }  # fmt: skip
+
+
+def _warn_of_dropped(target: targets_at.Target, settings: Settings) -> None:
+    """Name the layers that lose all of their weights because none exceeds epsilon."""
+    graph = fold_batch_norm(target.graph) if settings.batch_norm.value == "fold" else target.graph
+    kept = kept_of(graph, settings.head.value)
+    dropped = [
+        name for name, layer in graph.layers.items()
+        if name not in kept and layer.weight.any() and not above(layer.weight, settings.epsilon).any()
+    ]  # fmt: skip
+    if dropped:
+        log.warning(
+            "no weight of %s exceeds epsilon=%g, up to which parameters are dropped; a smaller epsilon keeps some",
+            ", ".join(dropped), settings.epsilon,
+        )  # fmt: skip
 
 
 def _advance(bar: tqdm, layer: str) -> None:

@@ -1,4 +1,7 @@
-"""`ltx figures`: Figures 3 and 4, and failures against m, as SVG and PNG, with their statistics as CSV."""
+"""`ltx figures`: Figures 3 and 4, and failures against m, as SVG and PNG, with their statistics as CSV.
+
+With `law=normal` the same of a normal source, which the paper does not have: `figure3-normal.svg`, ...
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from ltx import subset_sum
+from ltx.checks import one_of
 from ltx.config import Settings
 from ltx.files import require_writable, write_text
 from ltx.report import figures
 from ltx.report.figures import FailureCurve
-from ltx.subset_sum.statistics import Sample, wilson_interval
+from ltx.subset_sum.statistics import PRODUCTS, Sample, wilson_interval
 from ltx.tasks import provenance
 from ltx.tasks.subset_sum import flat, measure, summary
 
@@ -29,26 +33,27 @@ def run(settings: Settings) -> Path:
     s = settings
     folder = Path(s.output_dir) / "figures" / f"m{s.m}-eps{s.epsilon!r}-n{s.problems}-seed{s.seed}"
     device = settings.torch_device
-    written = [
-        folder / f"{name}.{kind}" for name in ("figure3", "figure4", "failures") for kind in ("svg", "png", "csv")
-    ]
+    one_of("law", s.law.value, PRODUCTS)
+    laws = (s.law.value, PRODUCTS[s.law.value])
+    names = [name + ("" if laws[0] == "uniform" else f"-{laws[0]}") for name in ("figure3", "figure4", "failures")]
+    written = [folder / f"{name}.{kind}" for name in names for kind in ("svg", "png", "csv")]
     if not s.force and all(_whole(path) for path in written):
         log.info("%s: there already; force=true draws them again", folder)
         return folder
     require_writable(folder)
-    for number, law in ((3, "uniform"), (4, "product")):
+    for name, law in zip(names, laws, strict=False):
         samples: dict[str, Sample] = {}
         lines = []
         for selection in ("best", "smallest"):
             samples[selection], statistics = measure(settings, law, selection, device)
             lines.append(statistics)
-            log.info("Figure %d: %s", number, summary(lines[-1]))
-        figures.save(figures.statistics_figure(samples["best"], samples["smallest"]), folder / f"figure{number}")
+            log.info("%s: %s", name, summary(lines[-1]))
+        figures.save(figures.statistics_figure(samples["best"], samples["smallest"]), folder / name)
         table = pd.DataFrame([flat(line) for line in lines])
-        write_text(folder / f"figure{number}.csv", table.to_csv(index=False))
-    curves = [curve for law in ("uniform", "product") for curve in failure_curves(law, settings, device)]
-    figures.save(figures.failure_figure(curves), folder / "failures")
-    write_text(folder / "failures.csv", failure_table(curves, settings.seed).to_csv(index=False))
+        write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    curves = [curve for law in laws for curve in failure_curves(law, settings, device)]
+    figures.save(figures.failure_figure(curves), folder / names[2])
+    write_text(folder / f"{names[2]}.csv", failure_table(curves, settings.seed).to_csv(index=False))
     for curve in curves:
         fall = "" if math.isnan(curve.decay) else f", failures fall like exp(-m / {curve.decay:.2f}) in the end"
         sign = ">=" if curve.crossing is None else "="

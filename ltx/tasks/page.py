@@ -19,9 +19,11 @@ from ltx.tasks import targets_at
 from ltx.tasks.subset_sum import constant_of
 
 log = logging.getLogger(__name__)
-_FIGURES = {  # the name of a file, up to its first hyphen -> what it shows
+_FIGURES = {  # the name of a file, whole or up to its first hyphen -> what it shows
     "figure3": "Figure 3. Subset sums of uniform numbers",
     "figure4": "Figure 4. Subset sums of products of two uniform numbers",
+    "figure3-normal": "The same as Figure 3 of normal numbers",
+    "figure4-normal": "The same as Figure 4 of products of two normal numbers",
     "failures": "Random problems without a subset within epsilon, against m",
     "deviation": "How deviation grows through the network",
     "tradeoff": "Accuracy against the parameters kept",
@@ -97,7 +99,7 @@ def _markdown(folder: Path, pattern: str) -> Iterator[Entry]:
 def _figures(folder: Path, patterns: Iterable[str]) -> Iterator[Entry]:
     for path in _found(folder, patterns):
         kind = "certificate" if path.parent.name == "certificates" else path.stem.partition("-")[0]
-        yield _entry(folder, path, _FIGURES.get(kind, path.stem), image=data_uri(path))
+        yield _entry(folder, path, _FIGURES.get(path.stem, _FIGURES.get(kind, path.stem)), image=data_uri(path))
 
 
 def _statistics(folder: Path) -> Iterator[Entry]:
