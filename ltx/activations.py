@@ -163,8 +163,8 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     """Leaky ReLU. With a slope below 0 errors of the two base sets amplify one another, or m_+ + m_- = 0."""
     _check("leaky_relu", 0 <= negative_slope < math.inf, f"negative_slope {negative_slope:g} must not be negative")
 
-    def fn(x: Tensor) -> Tensor:
-        return nn.functional.leaky_relu(x, negative_slope)
+    def fn(x: Tensor) -> Tensor:  # 0 times infinity is NaN
+        return nn.functional.leaky_relu(x, negative_slope) if negative_slope else torch.relu(x)
 
     return Activation(
         "leaky_relu", fn, lambda: nn.LeakyReLU(negative_slope), 1.0, negative_slope, 0.0, max(1.0, negative_slope),

@@ -129,6 +129,13 @@ ODD = {
         lambda s, x: s.d(torch.cat([relu(s.a(y := relu(x))).mean((2, 3)), relu(s.l(y.flatten(1)))], 1)),
         a=conv(1, 2), l=nn.Linear(64, 3, bias=False), d=nn.Linear(5, 2),
     ),
+    "a linear branch before every activation": random_net(
+        lambda s, x: s.d(torch.cat([s.b(x), relu(s.a(x))], 1)), a=conv(1, 2, bias=False), b=conv(1, 2), d=conv(4, 2),
+    ),
+    "wide and deep": random_net(
+        lambda s, x: s.w(x.flatten(1)) + s.h(torch.tanh(s.a(x)).flatten(1)),
+        w=nn.Linear(64, 2), a=conv(1, 2, bias=False), h=nn.Linear(128, 2, bias=False),
+    ),
     "constants near 0": random_net(
         lambda s, x: s.d(relu(s.c(relu(s.n(s.a(x)))))),
         a=conv(1, 2, bias=False), n=nn.BatchNorm2d(2), c=conv(2, 2), d=conv(2, 2),
@@ -168,6 +175,24 @@ def test_what_overwrites_its_input_is_refused_where_that_is_read_again():
         trace(wrong)
     trace(random_net(block, a=conv(1, 2), b=conv(2, 2), d=conv(2, 2), r=nn.ReLU()))
     trace(nn.Sequential(conv(1, 2), nn.ReLU(inplace=True), conv(2, 2)).eval())  # nothing reads it again
+
+
+def adds(s, x):
+    x += s.b(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "change", [adds, lambda s, x: x.add_(s.b(x)), lambda s, x: nn.functional.relu(x, True),
+               lambda s, x: nn.functional.leaky_relu(x, 0.1, True), lambda s, x: nn.functional.elu(x, inplace=True)],
+)  # fmt: skip
+def test_functions_that_overwrite_their_input(change):
+    """Also those that torch.fx takes for others (+=), or that say so by position."""
+    layers = {"a": conv(1, 2), "b": conv(2, 2), "d": conv(2, 2)}
+    with pytest.raises(LtxError, match=r".in place.: changes 'a', which is read again"):
+        trace(random_net(lambda s, x: (lambda y: s.d(change(s, y)) + y)(s.a(x)), **layers))
+    model = random_net(lambda s, x: s.d(change(s, s.a(x))), **layers)
+    trace(model, images(size=8))  # nothing reads it again
 
 
 def test_graphs_whose_channels_do_not_fit_are_refused():

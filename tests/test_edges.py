@@ -216,6 +216,56 @@ class AddsTwice(nn.Module):
         return self.add(x, self.second(x))
 
 
+def test_biases_behind_a_second_layer_that_reads_the_image():
+    class Wide(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.wide, self.conv = nn.Linear(36, 2), nn.Conv2d(1, 2, 3, bias=False)
+            self.head = nn.Linear(32, 2, bias=bias)
+
+        def forward(self, x):
+            return self.wide(x.flatten(1)) + self.head(torch.relu(self.conv(x)).flatten(1))
+
+    construct(Wide(False), head="construct")
+    with pytest.raises(
+        ConstructionError, match=r"layer conv: .*constants that biases of head need.*what is behind it b"
+    ):
+        construct(Wide(True), head="construct")
+
+
+def test_what_may_help_is_what_is_not_there_already():
+    model = sequential(nn.Conv2d(1, 2, 3, bias=False), nn.ReLU(), nn.Conv2d(2, 2, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(20)
+    for scaling, advised in (("unit", True), ("layer_max", False)):
+        with pytest.raises(LtxError, match="raise m or epsilon") as caught:
+            construct(model, head="construct", scaling=scaling, base_set_size=5, epsilon=1e-4)
+        assert ("scaling=layer_max" in str(caught.value)) == advised
+
+
+def test_batch_norm_beyond_float32():
+    model = sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2, eps=0.0), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(1e30)
+        model[1].running_var.fill_(1e-30)
+    with pytest.raises(ConstructionError, match="batch norm '1' makes parameters of layer '0' that are beyond float32"):
+        construct(model, head="construct", batch_norm="fold")
+    with torch.no_grad():
+        model[1].weight.fill_(1e30)
+    with pytest.raises(ConstructionError, match=r"module '1' \(BatchNorm2d\): its scale has NaN or infinite entries"):
+        trace(model)
+
+
+def test_leaky_relu_without_a_slope_is_never_negative():
+    """So that a pair behind it needs base sets of one sign alone, as behind ReLU."""
+    sizes = []
+    for phi in (nn.ReLU(), nn.LeakyReLU(0.0)):
+        torch.manual_seed(0)
+        model = sequential(nn.Conv2d(1, 3, 3), phi, nn.Conv2d(3, 2, 3))
+        sizes.append(construct(model, construction="2L", base_set_size=18, head="construct").source_parameters)
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.filterwarnings("ignore:This overload of add is deprecated")
 def test_refusals():
     hooked = nn.Linear(4, 2)

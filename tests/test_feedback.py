@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from conftest import images, small_cnn, small_resnet, without_parameters
@@ -186,6 +188,57 @@ def test_a_ticket_is_a_function_of_seed_and_images(construction, tmp_path):
     assert made[0] == made[1] != made[2]
 
 
+@both
+@pytest.mark.parametrize("bound", [None, 0.05])
+@pytest.mark.parametrize("first", ["pixels", "averages"])
+def test_sums_of_pixels_and_averages(construction, bound, first):
+    """Such a sum has other positions than one of its sides: the errors of that side's rows are measured in front."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (
+                nn.Conv2d(i, 3, k, padding=k // 2) for i, k in ((1, 3), (3, 1), (3, 3), (3, 1))
+            )
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            if first == "pixels":
+                x = torch.relu(self.c(x) + self.b(x.mean((2, 3), keepdim=True)))
+            else:
+                x = torch.relu(self.b(x.mean((2, 3), keepdim=True)) + self.c(x))
+            return self.d(x)
+
+    torch.manual_seed(0)
+    model, shown = Gated().eval(), images(32, 6)
+    for seed in range(2):
+        ticket = construct(model, construction=construction, base_set_size=16, seed=seed, selection="feedback",
+                           calibration=shown, feedback=replace(FEW, bound=bound), head="construct",
+                           scaling="layer_max")  # fmt: skip
+        assert verify(ticket, model, shown).violations == ()
+        with torch.no_grad():
+            ours, theirs = ticket.to_module()(shown), model(shown)
+        assert (ours - theirs).square().mean().sqrt() <= 0.2 * theirs.std()
+
+
+@both
+def test_the_batched_kernel_serves_with_a_bound(construction, monkeypatch):
+    """As on a GPU, where matrices of two types are not multiplied."""
+    monkeypatch.setattr(feedback, "choose", _batched)
+    how = {"construction": construction, "base_set_size": 12, "selection": "feedback", "calibration": images(32, 8)}
+    ticket = construct(small_resnet("sigmoid"), feedback=replace(FEW, bound=0.05), **how)
+    found = verify(ticket, small_resnet("sigmoid"), images(32, 8))
+    assert found.violations == ()
+    assert 0 < found.max_parameter_error <= 0.05
+
+
+def test_settings_may_be_numbers_of_numpy():
+    plain = Feedback(samples=300, sweeps=2, penalty=2.0**-20, bound=0.0625)
+    theirs = Feedback(samples=np.int64(300), sweeps=np.int32(2), penalty=np.float32(2.0**-20), bound=Fraction(1, 16))
+    how = {"base_set_size": 12, "selection": "feedback", "calibration": images(32), "construction": "2L"}
+    assert len({construct(small_cnn("relu"), feedback=f, **how).feedback for f in (plain, theirs)}) == 1
+
+
 @pytest.mark.slow
 @both
 def test_the_batched_kernel_makes_as_good_a_ticket(construction, monkeypatch):
@@ -235,6 +288,14 @@ def _batched(*tensors, bound, largest, sweeps):
 
 def _refine_batched(*tensors, passes):
     refine._refine_batched(*tensors, passes)
+
+
+@pytest.mark.gpu
+@both
+def test_gpu_serves_with_a_bound(construction):
+    ticket = construct(small_resnet("sigmoid"), construction=construction, base_set_size=12, selection="feedback",
+                       calibration=images(32, 8), feedback=replace(FEW, bound=0.05), device="cuda")  # fmt: skip
+    assert verify(ticket, small_resnet("sigmoid"), images(32, 8)).ok
 
 
 @pytest.mark.gpu

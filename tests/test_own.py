@@ -5,7 +5,7 @@ import torch
 from conftest import deviation, images
 from torch import nn
 
-from ltx import construct, verify
+from ltx import Feedback, construct, verify
 from ltx.errors import ConstructionError
 from ltx.graph import trace
 
@@ -90,6 +90,18 @@ def test_ways_to_write_the_same_network():
     assert trace(one).digest() == trace(other).digest()
 
 
+@pytest.mark.parametrize(
+    "mean", [lambda x: x.mean((2, 3), keepdims=True), lambda x: torch.mean(a=x, dim=(-1, -2), keepdim=True),
+             lambda x: x.mean(axis=(2, 3), keepdim=True), lambda x: torch.mean(input=x, axis=(2, 3), keepdims=True)],
+)  # fmt: skip
+def test_means_by_the_names_of_numpy(mean):
+    model = Outputs(lambda x: mean(torch.relu(x)))
+    digest = trace(model, images(2)).digest()
+    for keepdim in (True, False):
+        model.how = lambda x, keepdim=keepdim: torch.relu(x).mean((2, 3), keepdim=keepdim)
+        assert (trace(model).digest() == digest) == keepdim
+
+
 class Outputs(nn.Module):
     def __init__(self, how):
         super().__init__()
@@ -106,6 +118,11 @@ class Attention(nn.Module):
 
     def forward(self, x):
         return self.attention(x, x, x)[0]
+
+
+class Called(nn.Sequential):
+    def __call__(self, x):
+        return super().__call__(x / 2)
 
 
 def complex_layer():
@@ -136,6 +153,8 @@ def with_nan():
         (lambda: Outputs(lambda x: 3), "the network returns no tensor; ltx constructs networks that return one tensor"),
         (lambda: Outputs(lambda x: x if x.sum() > 0 else -x), "cannot be traced by torch.fx"),
         (lambda: Outputs(lambda x: nn.functional.dropout(x)), r"\(dropout\): is at work in eval mode too"),
+        (lambda: Called(nn.Conv2d(1, 1, 1)), r"\(Called\): has a __call__ of its own; say in forward"),
+        (lambda: Outputs(lambda x: x.mean((2, 3), dtype=torch.float64)), r"\(mean\): only over height and width"),
         (lambda: Outputs(lambda x: x.view(4, -1)), r"\(view\): only view\(x.size\(0\), -1\), or view\(-1, N\)"),
     ],
 )  # fmt: skip
@@ -143,6 +162,67 @@ def test_what_is_refused(make, message):
     with pytest.raises(ConstructionError, match=message) as caught:
         trace(make())
     assert "\n" not in str(caught.value)
+
+
+def test_what_torch_fx_has_traced_is_traced_again():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 1, 1))
+    assert trace(torch.fx.symbolic_trace(model)).digest() == trace(model).digest()
+
+
+class Forgetful(nn.Sequential):
+    """What it computes depends on how often it was called."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) if self.calls == 1 else super().forward(x + x)
+
+
+FX = {  # forward sees no torch.Tensor there
+    "outputs that are up to": lambda x: x + x if isinstance(x, torch.Tensor) else x,
+    r"returns \(1, 6, 6\) for an image, where \(36,\)": lambda x: x if isinstance(x, torch.Tensor) else x.flatten(1),
+    "but not what torch.fx has traced": lambda x: x.flatten(1) if isinstance(x, torch.Tensor) else (
+        nn.functional.max_pool2d(x, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", FX)
+def test_what_torch_fx_does_not_see_is_found_on_images(message):
+    model = Outputs(FX[message])
+    trace(model)
+    trace(model, torch.zeros(1, 3, 6, 6))  # which it does not take
+    with pytest.raises(ConstructionError, match=f"the network Outputs .*{message}"):
+        trace(model, images(2))
+
+
+def test_construct_and_verify_compare_the_network_with_what_was_traced():
+    shown, few = images(16), Feedback(samples=100)
+    how = {"construction": "2L", "head": "construct", "base_set_size": 10}
+    layers = (nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    with pytest.raises(ConstructionError, match=r"the network Forgetful returns outputs .*from one call to the next"):
+        construct(Forgetful(*layers), selection="feedback", calibration=shown, feedback=few, **how)
+    ticket = construct(Forgetful(*layers), **how)  # without images nobody knows
+    assert verify(ticket, Forgetful(*layers)).ok
+    with pytest.raises(ConstructionError, match="keep nothing from one call to the next"):
+        verify(ticket, Forgetful(*layers), shown)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
+def test_networks_of_any_size_are_what_was_traced(scale):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(1 if n == 0 else 8, 8, 3, padding=1), nn.Tanh()) for n in range(12)), nn.Flatten()
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    for shown in (images(9), images(9).double()):
+        trace(model, shown)
+    trace(model.double(), images(9))
+    head = nn.Linear(36, 1)
+    head.weight, head.bias = nn.Parameter(torch.empty(0, 36)), nn.Parameter(torch.empty(0))
+    trace(nn.Sequential(nn.Flatten(), head), images(9))
 
 
 def test_images_of_many_sizes():

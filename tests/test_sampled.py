@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMOKE, images, last_line, small_cnn, small_resnet
+from test_dags import conv, random_net
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -42,6 +43,9 @@ def test_sampled_errors_of_a_parametrization():
     parametrize.register_parametrization(model[2], "weight", nn.Identity())
     with pytest.raises(ConstructionError, match=r"layer 2: its weight is not .* of the model.s state; take"):
         sampled(model)
+    joined = random_net(lambda s, x: s.b(torch.cat([x, torch.relu(s.a(x))], 1)), a=conv(1, 2), b=conv(3, 2))
+    with pytest.raises(ConstructionError, match=r"layer b\[[01]\]: is part of a layer that reads a concatenation"):
+        sampled(joined)
 
 
 @pytest.mark.parametrize("law", ["uniform", "normal"])

@@ -122,7 +122,7 @@ def construct(
         raise ConstructionError(f"calibration: must be a tensor of images, is a {type(calibration).__name__}")
     if feedback is not None and not isinstance(feedback, Feedback):
         raise ConstructionError(f"feedback: must be ltx.Feedback(...), is a {type(feedback).__name__}")
-    graph = trace(model)
+    graph = trace(model, calibration)
     walked = fold_batch_norm(graph) if batch_norm == "fold" else graph
     compared, within = None, epsilon
     if calibration is not None:

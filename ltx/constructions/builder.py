@@ -208,7 +208,7 @@ class TicketBuilder:
         if calibration:
             read = Read(node, step.place.target, calibration.behind(step.name, step.beside), step.slots)
             solver = FeedbackSolver(solver, layer, problems, bases, read, calibration)
-        step.stream.add(layer.name, Writer(layer, problems, bases, solver, plan.within))
+        step.stream.add(layer.name, Writer(layer, problems, bases, solver, plan.within, plan.scaling))
         self._drafts.append(_Draft(layer, inputs, step.stream))
         return self.add_node(layer.name, "layer", (node,), layer=layer.name)
 

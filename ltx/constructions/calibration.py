@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +58,8 @@ class Calibration:
             raise ConstructionError(
                 f"calibration images {tuple(images.shape)} {images.dtype}: must be (n, C, H, W), floating point, finite"
             )
-        self.settings, self.seed, self.device = settings, seed, device
+        self.settings = Feedback(**{name: _plain(value) for name, value in asdict(settings).items()})
+        self.seed, self.device = seed, device
         self.images = images.detach().to(device, torch.float32)
         self.graph = graph
         self.target: dict[str, Tensor] = {}
@@ -64,6 +67,7 @@ class Calibration:
         self._last = {name: n for n, node in enumerate(graph.nodes) for name in node.inputs}
         self._position = {node.name: n for n, node in enumerate(graph.nodes)}
         self._image: set[str] = set()  # nodes before the first layer
+        self._broadcast: set[str] = set()  # sums of images and of numbers that each channel of an image gets
         self._rows: dict[str, _Rows] = {}
         self._copies: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.norms: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {}  # slots -> their scale and shift
@@ -83,6 +87,8 @@ class Calibration:
                 raise ConstructionError(
                     f"calibration images {tuple(self.images.shape)} do not fit the network: '{node.name}': {error}"
                 ) from error
+        if node.op == "add" and inputs[0].shape != inputs[1].shape:
+            self._broadcast.add(node.name)
         for name in [n for n in self.target if self._last.get(n, position) < position]:
             del self.target[name]
 
@@ -112,7 +118,7 @@ class Calibration:
             samples: (N,) flat positions (image, pixel) there: of these alone, (1, len(slots), N).
         """
         node = self.nodes[name]
-        if samples is not None and node.op not in _ELEMENTWISE:
+        if samples is not None and (node.op not in _ELEMENTWISE or name in self._broadcast):
             return gather(self.at(name, slots), samples)[None]
         if node.op == "input":
             return self.images[:, slots.to(self.device)]
@@ -138,7 +144,7 @@ class Calibration:
             return operations.scale_and_shift(inputs[0], scale, shift)
         if node.op == "add":
             one, other = inputs if not self._held(inputs[0]) else reversed(inputs)
-            return one + other if self._held(one) else one.add_(other)
+            return one + other if self._held(one) or name in self._broadcast else one.add_(other)
         # behind a layer the slots of a flatten are the channels of the images in front of it
         return inputs[0] if node.op == "flatten" else operations.OPERATIONS[node.op](inputs, node.attributes)
 
@@ -164,13 +170,20 @@ class Calibration:
                 scale = scale * factor
                 others = [(ours, theirs, by * factor) for ours, theirs, by in others]
             elif after[0].op == "add" and (beside := [n for n in after[0].inputs if n != node]):
-                if beside[0] not in places:
+                if beside[0] not in places or self.target[beside[0]].shape != self.target[name].shape:
                     break
                 others.append((places[beside[0]], beside[0], torch.ones_like(scale)))
             else:
                 break
             node = after[0].name
         return Behind(node, scale, tuple(others))
+
+
+def _plain(value: Any) -> Any:
+    """The value; a number of another type, NumPy's say, as Python's own."""
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 class _Rows:

@@ -172,7 +172,7 @@ class FeedbackSolver:
         weights = source.weights(
             self.layer, self.calibration.seed, slots[which][:, None].expand_as(offsets), offsets
         )  # fmt: skip
-        worth = weights * self._multipliers[group // taps]
+        worth = (weights * self._multipliers[group // taps]).float()
         error, beside = self._error(rows, kinds_there)
         self._require_finite(error)
         chosen, missed = torch.zeros_like(weights, dtype=torch.bool), torch.zeros_like(kinds)

@@ -87,11 +87,18 @@ def layout(graph: Graph, epsilon: float | Mapping[str, float], *, kept: Sequence
             assert node.layer is not None
             made = constants.get(stream[node.name])
             first = writers[stream[node.name]][0] == node.name
-            if bool(above(node.layer.bias, least[node.name]).any()) or (made is not None and made.sums and first):
+            biased = bool(above(node.layer.bias, least[node.name]).any())
+            if biased or (made is not None and made.sums and first):
                 if name == IMAGE and node.name != next(iter(graph.layers)):
+                    behind = [
+                        n.name for n in graph.nodes if n.name in needs and stream[n.inputs[0]] == stream[node.name]
+                    ]
+                    what = (
+                        "has biases" if biased else f"would make the constants that biases of {', '.join(behind)} need"
+                    )
                     raise ConstructionError(
-                        f"layer {node.name}: reads the image and has biases, but is not the first layer, which alone "
-                        "can make constants; give it bias=False"
+                        f"layer {node.name}: reads the image and {what}, but is not the first layer, which alone can "
+                        f"make constants; give {'it' if biased else 'what is behind it'} bias=False"
                     )
                 needs.add(node.name)
         places = dict.fromkeys(node.inputs[0] for node in readers if node.name in needs)

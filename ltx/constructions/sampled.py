@@ -86,6 +86,11 @@ def sampled(
                 continue
             key = f"{name}.{part}"
             key = f"{key}_orig" if f"{key}_orig" in state else key  # of torch.nn.utils.prune, beside KEY_mask
+            if key not in state and "[" in name:
+                raise ConstructionError(
+                    f"layer {name}: is part of a layer that reads a concatenation, which has no sampled errors; use "
+                    "construction L+1 or 2L"
+                )
             if key not in state or state[key].shape != tensor.shape:
                 raise ConstructionError(
                     f"layer {name}: its {part} is not '{key}' of the model's state; take its parametrization away, "

@@ -35,10 +35,11 @@ class Writer:
 
     def __init__(
         self, layer: SourceLayer, problems: Sequence[Problems], bases: BaseSets, solver: RowSolver | FeedbackSolver,
-        within: float,
+        within: float, scaling: str,
     ):  # fmt: skip
         self.layer, self.problems, self.bases = layer, problems, bases
         self.within = within  # of its target value a subset has to be
+        self.scaling = scaling
         self._solver = solver
         self.state = torch.empty(0, dtype=torch.int8)  # of every slot
         self.sums = torch.empty(0, dtype=torch.float64)
@@ -194,7 +195,7 @@ class Stream:
         if not _beyond(problems, writer.bases, writer.layer):
             return ""
         if kind != CONSTANT:
-            return ", or use scaling=layer_max"
+            return ", or use scaling=layer_max" if writer.scaling == "unit" else ""
         return ", or use batch_norm=fold, which makes other constants" if self.normalised else ""
 
     def labels(self, name: str) -> Tensor:

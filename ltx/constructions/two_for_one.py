@@ -63,7 +63,8 @@ def pair_law(phi: Activation, nonnegative: bool) -> PairLaw:
 def pair_activation(graph: Graph, name: str) -> Activation:
     """The source's activation inside the pair for layer `name`: that behind the layer, else the last one before it.
 
-    A projection shortcut is linear, and so is the pair that stands for it: the identity.
+    Else, where a branch that has none comes before all others, the network's first. A projection shortcut is linear,
+    and so is the pair that stands for it: the identity.
     """
     if graph.is_projection(name):
         return ACTIVATIONS["identity"]
@@ -75,7 +76,8 @@ def pair_activation(graph: Graph, name: str) -> Activation:
         after = list({node.name: node for before in after for node in graph.readers(before.name)}.values())
     position = graph.nodes.index(graph[name])
     before = [n.activation for n in graph.nodes[:position] if n.activation is not None]
-    return before[-1] if before else ACTIVATIONS["identity"]
+    every = [n.activation for n in graph.nodes if n.activation is not None]
+    return (before[-1:] or every[:1] or [ACTIVATIONS["identity"]])[0]
 
 
 def linear_scale(

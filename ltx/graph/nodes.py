@@ -203,6 +203,11 @@ def fold_batch_norm(graph: Graph) -> Graph:
             weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1))
             bias = layer.bias.double() * scale + (norm.shift.double() if position == 0 else 0.0)
             folded = replace(layer, weight=weight.float() + 0.0, bias=bias.float() + 0.0)
+            if not bool(folded.weight.isfinite().all() and folded.bias.isfinite().all()):
+                raise ConstructionError(
+                    f"batch norm '{node.name}' makes parameters of layer '{name}' that are beyond float32; use "
+                    "batch_norm='keep'"
+                )
             nodes[name] = replace(nodes[name], layer=folded)
         alias[node.name] = node.inputs[0]
     return Graph(

@@ -26,10 +26,11 @@ def batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm:
         )  # fmt: skip
         scale = gamma / variance.sqrt()
         shift = beta - module.running_mean.double().cpu() * scale
+    scale, shift = scale.float() + 0.0, shift.float() + 0.0
     for part, tensor in (("scale", scale), ("shift", shift)):
         if not torch.isfinite(tensor).all():
             raise refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
-    return BatchNorm(scale.float() + 0.0, shift.float() + 0.0)
+    return BatchNorm(scale, shift)
 
 
 def convolution(name: str, module: nn.Conv2d) -> Layer:

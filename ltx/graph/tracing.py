@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ltx.activations import FAMILIES, Activation, Family
 from ltx.defaults import usual_defaults
 from ltx.errors import ConstructionError, LtxError
 from ltx.evaluation import eval_mode
+from ltx.graph.comparison import require_same_outputs
 from ltx.graph.concatenation import CONCATENATION, take_apart
 from ltx.graph.nodes import Graph, Node, leading_to
 from ltx.graph.parameters import (
@@ -31,6 +32,13 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
 
+class _Proxy(fx.Proxy):
+    """A stand-in that tells `x += y` from `x + y`, which torch.fx takes it for."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Layers are leaves, whatever module their class was defined in, and so are functions that take sizes of tensors.
 
@@ -41,18 +49,25 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=(torch.reshape, nn.functional.avg_pool2d))
         self._autowrap_search += [torch, nn.functional]  # else only where a function is imported by its own name
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 @usual_defaults()
-def trace(model: nn.Module | Graph) -> Graph:
+def trace(model: nn.Module | Graph, images: Tensor | None = None) -> Graph:
     """The graph of `model` in eval mode; concatenations are taken apart.
 
     What torch.compile or DataParallel has wrapped is traced without. A graph is what it is.
 
+    Args:
+        images: (n, C, H, W), on the first of which the network and the graph are compared, where it can take them.
+
     Raises:
-        ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason.
+        ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason; or a network
+            that computes something else on the images.
     """
     if isinstance(model, Graph):
         return model
@@ -62,8 +77,13 @@ def trace(model: nn.Module | Graph) -> Graph:
         raise ConstructionError(f"a {type(model).__name__} is no torch.nn.Module; give the network itself")
     require_no_hooks("", wrapped)
     require_its_own_computation("", model)  # torch.fx sees what is on modules within, not on this one nor on leaves
+    if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
+        raise refuse("", type(model).__name__, "has a __call__ of its own; say in forward what it computes")
     with eval_mode(model):  # parametrizations compute parameters from the mode
-        return _trace(model)
+        graph = _trace(model)
+        if images is not None:
+            require_same_outputs(model, graph, images)
+    return graph
 
 
 def _trace(model: nn.Module) -> Graph:
@@ -111,6 +131,9 @@ def _trace(model: nn.Module) -> Graph:
     return Graph(tuple(take_apart(leading_to(nodes, ("input", "output")))))
 
 
+_NUMPY = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input"}  # names that PyTorch takes, too
+
+
 def _write_out_means(traced: fx.Graph) -> None:
     """Write means over height and width as an average pooling, flattened unless they keep the dimensions.
 
@@ -119,9 +142,12 @@ def _write_out_means(traced: fx.Graph) -> None:
     for node in traced.nodes:
         if node.target not in ("mean", torch.mean):
             continue
-        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
-        dims = given.get("dim", given.get("axis"))
-        if not isinstance(dims, tuple | list) or sorted(d % 4 for d in dims) != [2, 3] or "dtype" in given:
+        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False))
+        given |= {_NUMPY.get(name, name): value for name, value in node.kwargs.items()}
+        dims = given.get("dim")
+        if not isinstance(dims, tuple | list) or sorted(d % 4 for d in dims) != [2, 3]:
+            continue
+        if not isinstance(given.get("keepdim", False), bool) or given.keys() - {"input", "dim", "keepdim"}:
             continue
         with traced.inserting_before(node):
             mean = traced.call_function(nn.functional.adaptive_avg_pool2d, (given["input"], 1))
@@ -155,7 +181,10 @@ def _in_place(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         return bool(getattr(module, "inplace", False)) and not isinstance(module, nn.Dropout | nn.Dropout2d)
-    return node.target in (operator.iadd, "add_") or bool(node.kwargs.get("inplace") and node.target not in _DROPOUTS)
+    if node.target in _FUNCTIONS:
+        behind = node.args[1 + len(_FUNCTIONS[node.target].parameters) :]  # type: ignore[index]
+        return bool(node.kwargs.get("inplace", behind and behind[0]))
+    return node.target in (operator.iadd, "add_")
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -264,7 +264,10 @@ def _own(settings: Settings, name: str) -> Target:
         model = targets.load_own(model, targets.read_checkpoint(path), name=name)
     else:
         log.info("target.module=%s without target.checkpoint: its parameters are what the factory gives", name)
-    graph = trace(model)
+    low, high = _input_range(settings, settings.data.name)
+    shape = data.dataset_spec(settings.data.name).shape
+    images = low + (high - low) * torch.rand(8, *shape, generator=torch.Generator().manual_seed(0))
+    graph = trace(model, images)
     if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
         log.info("target.module=%s: its float64 parameters are rounded to float32", name)
         model = model.float()
@@ -274,8 +277,7 @@ def _own(settings: Settings, name: str) -> Target:
             f"{graph.functions or 'none'}; leave it out"
         )
     return Target(
-        path, model, graph, graph.digest(), name, graph.functions, settings.data.name,
-        _input_range(settings, settings.data.name),
+        path, model, graph, graph.digest(), name, graph.functions, settings.data.name, (low, high),
     )  # fmt: skip
 
 

@@ -49,14 +49,14 @@ def verify(ticket: Ticket, target: Graph | nn.Module | None = None, calibration:
             parameters are not within epsilon of the target's: what it claims is the error of its rows on these images.
 
     Raises:
-        ConstructionError: a target that cannot be traced.
+        ConstructionError: a target that cannot be traced, or computes something else on the images.
         LtxError: a ticket that is none, or calibration images that are no tensor.
     """
     if not isinstance(ticket, Ticket):
         raise LtxError(f"a {type(ticket).__name__} is no ticket; read one with ltx.Ticket.load(PATH)")
-    target = None if target is None else trace(target)
     if calibration is not None and not isinstance(calibration, Tensor):
         raise LtxError(f"calibration: must be a tensor of images (n, C, H, W), is a {type(calibration).__name__}")
+    target = None if target is None else trace(target, calibration)
     violations = list(structure(ticket))
     if target is None or violations:
         return Verification(tuple(violations), 0, float("nan"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,7 @@ class Rows:
                 order = np.random.default_rng([self.ticket.seed, 1, layer.index]).permutation(total)
                 many = total if layer.kind == "linear" else said["samples"]
                 chosen = torch.from_numpy(np.sort(order[:many]))
-                claims.append(_Claim(layer.name, _measured_at(self.target, layer.target), chosen))
+                claims.append(_Claim(layer.name, _measured_at(self.target, layer.target, shapes), chosen))
         squares, sums, spread, network = {}, {}, {}, self.ticket.to_module(device=str(self.images.device))
         nodes, noise = {claim.node for claim in claims}, None
         for begin in range(0, len(self.images), PART):
@@ -130,8 +130,8 @@ def _pixels(values: Tensor) -> Tensor:
     return values.flatten(2) if values.ndim > 2 else values[:, :, None]
 
 
-def _measured_at(target: Graph, layer: str) -> str:
-    """Behind a layer its batch norm, and a sum with what is computed before it."""
+def _measured_at(target: Graph, layer: str, shapes: Mapping[str, torch.Size]) -> str:
+    """Behind a layer its batch norm, and a sum with what is computed before it and has as many pixels."""
     order = [node.name for node in target.nodes]
     name = layer
     while True:
@@ -139,6 +139,8 @@ def _measured_at(target: Graph, layer: str) -> str:
         if len(after) != 1 or after[0].op not in ("batch_norm", "add"):
             return name
         beside = [other for other in after[0].inputs if other != name]
-        if after[0].op == "add" and (not beside or order.index(beside[0]) > order.index(layer)):
+        if after[0].op == "add" and (
+            not beside or order.index(beside[0]) > order.index(layer) or shapes[beside[0]] != shapes[layer]
+        ):
             return name
         name = after[0].name
