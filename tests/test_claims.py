@@ -90,6 +90,8 @@ def test_false_claims_are_found(construction):
     ticket = construct(model, construction=construction, base_set_size=8, selection="feedback", calibration=shown,
                        feedback=FEW)  # fmt: skip
     assert "have SHA-256" in verify(ticket, graph, images(64, 8, seed=1)).violations[0]
+    many = replace(ticket, feedback=ticket.feedback.replace('"images": 64', '"images": 65'))
+    assert "there are 64, the ticket names 65" in verify(many, graph, shown).violations[0]
     errors = dict(ticket.errors)
     errors["blocks.0.conv2"] = errors["blocks.0.conv2"] * 0.9
     assert "the ticket claims" in verify(replace(ticket, errors=errors), graph, shown).violations[0]

@@ -38,12 +38,16 @@ def test_sampled_errors_of_pruned_parameters(pruned):
     assert not torch.equal(model(x), before)
 
 
-def test_sampled_errors_of_a_parametrization():
+def test_parameters_that_have_no_errors_of_their_own():
     model = small_cnn("relu")
     parametrize.register_parametrization(model[2], "weight", nn.Identity())
     with pytest.raises(ConstructionError, match=r"layer 2: its weight is not .* of the model.s state; take"):
         sampled(model)
     joined = random_net(lambda s, x: s.b(torch.cat([x, torch.relu(s.a(x))], 1)), a=conv(1, 2), b=conv(3, 2))
+    tied = small_cnn("relu")
+    tied[0].bias = tied[2].bias
+    with pytest.raises(ConstructionError, match="layer 2: its bias is that of layer 0 too"):
+        sampled(tied)
     with pytest.raises(ConstructionError, match=r"layer b\[[01]\]: is part of a layer that reads a concatenation"):
         sampled(joined)
 

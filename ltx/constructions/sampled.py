@@ -69,6 +69,7 @@ def sampled(
     if not layers:
         raise ConstructionError("the network has no layer whose parameters could get errors")
     first, last = next(iter(layers)), list(layers)[-1]
+    named, shared = dict(model.named_parameters(remove_duplicate=False)), {}  # which a layer of that name has already
     parameters = copies = 0
     for name, layer in layers.items():
         sets = constants = 1  # base sets of a weight, of a bias
@@ -95,6 +96,10 @@ def sampled(
                 raise ConstructionError(
                     f"layer {name}: its {part} is not '{key}' of the model's state; take its parametrization away, "
                     "e.g. with torch.nn.utils.parametrize.remove_parametrizations"
+                )
+            if key in named and (other := shared.setdefault(named[key], name)) != name:
+                raise ConstructionError(
+                    f"layer {name}: its {part} is that of layer {other} too, which has errors; give it its own"
                 )
             changed, sizes = _perturbed(tensor, epsilon, error, size, generator)
             state[key] = changed

@@ -50,6 +50,9 @@ class Rows:
         if said["images_sha256"] != digest:
             yield f"calibration images: have SHA-256 {digest[:12]}..., the ticket names {said['images_sha256'][:12]}..."
             return
+        if said["images"] != len(self.images):
+            yield f"calibration images: there are {len(self.images)}, the ticket names {said['images']}"
+            return
         shapes = {node.name: value.shape for node, value in run(self.target, self.images[:1])}
         claims = []
         for layer in self.ticket.layers:
