@@ -36,18 +36,18 @@ def require_same_outputs(model: nn.Module, graph: Graph, images: Tensor) -> None
             f"({reason}); let nothing in forward depend on the size of the image"
         ) from error
     if theirs.shape != exact.shape:
-        off = f"{tuple(theirs.shape[1:])} for an image, where {tuple(exact.shape[1:])} is the result"
+        off = f"{tuple(theirs.shape[1:])} for an image, and what torch.fx has traced of it {tuple(exact.shape[1:])}"
     elif exact.numel() and bool(theirs.isfinite().all() and exact.isfinite().all() and single.isfinite().all()):
         apart, rounding = (float((other.double() - exact).abs().max()) for other in (theirs, single))
         size = float(exact.abs().max())
         if apart <= TOLERANCE * size + ROUNDING * rounding:
             return
-        off = f"outputs that are up to {apart:.3g} off those, where the largest is {size:.3g},"
+        off = f"what is up to {apart:.3g} off what torch.fx has traced of it, of {size:.3g}"
     else:
         return
     raise ConstructionError(
-        f"the network {name} returns {off}, of what torch.fx has traced of it: let forward do the same whatever the "
-        "type, values and size of its input, and keep nothing from one call to the next"
+        f"the network {name} returns {off}: let forward do the same whatever the type, values and size of its input, "
+        "and keep nothing from one call to the next"
     )
 
 
