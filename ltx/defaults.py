@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ltx.compiled import require_unforked
+from ltx.precision import PRODUCTS, float32
 
 
 @contextlib.contextmanager
@@ -16,7 +17,7 @@ def usual_defaults() -> Iterator[None]:
     """Within it, or in a function that it decorates, tensors are made as in a fresh process.
 
     In float32 and on the CPU, unless somebody says otherwise; gradients are recorded, and nothing is computed in lower
-    precision (`torch.autocast`). At the end everything is as it was before.
+    precision (`torch.autocast`, `torch.set_float32_matmul_precision`). At the end everything is as it was before.
 
     Raises:
         LtxError: in a forked process (`ltx.compiled.require_unforked`).
@@ -24,6 +25,7 @@ def usual_defaults() -> Iterator[None]:
     require_unforked()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_float32)
+        stack.enter_context(_exact)
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -35,27 +37,36 @@ def usual_defaults() -> Iterator[None]:
         yield
 
 
-class _Float32:
-    """The default dtype is that of all threads: the first that enters sets it, the last that leaves sets it back."""
+class _OfAllThreads:
+    """What is set for all threads: the first that enters sets it, the last that leaves sets it back."""
 
-    def __init__(self) -> None:
-        self._lock, self._within, self._before = threading.Lock(), 0, torch.float32
+    def __init__(self, setting: Callable[[], contextlib.AbstractContextManager]) -> None:
+        self._setting, self._lock, self._within, self._stack = setting, threading.Lock(), 0, contextlib.ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._within:
-                self._before = torch.get_default_dtype()
-                torch.set_default_dtype(torch.float32)
+                self._stack.enter_context(self._setting())
             self._within += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
             if not self._within:
-                torch.set_default_dtype(self._before)
+                self._stack.close()
 
 
-_float32 = _Float32()
+@contextlib.contextmanager
+def _default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_float32, _exact = _OfAllThreads(_default_dtype), _OfAllThreads(lambda: float32(PRODUCTS))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ltx.data import Split
 from ltx.defaults import usual_defaults
 from ltx.memory import keep_freed_memory
+from ltx.precision import CONVOLUTIONS, float32
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Comparison:
     target_accuracy: float
     ticket_accuracy: float
     agreement: float  # share of images that both classify alike
-    max_deviation: float  # largest |f_t(x) - f_eps(x)| over images and outputs
+    max_deviation: float  # largest |f_t(x) - f_eps(x)| over images and outputs; infinite or NaN where the ticket's are
 
 
 @usual_defaults()
@@ -43,7 +44,7 @@ def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tenso
     The process keeps the memory that it frees from here on (`ltx.memory`).
     """
     keep_freed_memory()
-    with eval_mode(model):
+    with eval_mode(model), float32(CONVOLUTIONS):
         try:
             return torch.cat([model(batch) for batch in images.split(batch_size)])
         except torch.OutOfMemoryError:  # a ticket may be wider than the GPU's memory allows
@@ -71,5 +72,5 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 def percent_right(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest output is the label's, in percent."""
-    return 100.0 * float((logits.argmax(1) == labels).double().mean())
+    """Share of rows whose largest output is the label's, in percent; a row with NaN is of no class."""
+    return 100.0 * float(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).double().mean())

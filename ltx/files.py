@@ -7,11 +7,13 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -85,6 +87,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON; not-a-number is refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def with_null(value: Any) -> Any:
+    """A result as JSON has it: None for what is infinite or not a number."""
+    if isinstance(value, dict):
+        return {key: with_null(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [with_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_result(path: Path, about: Mapping[str, object]) -> dict | None:

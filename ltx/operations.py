@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.backends import cudnn
+from torch.autograd import forward_ad
+
+from ltx.precision import CONVOLUTIONS, PRODUCTS, TF32, float32
 
 POOLINGS = ("max_pool", "avg_pool", "adaptive_avg_pool")
 AVERAGES = POOLINGS[1:]
@@ -23,15 +25,29 @@ def affine(
     In full precision on a GPU too, whose convolutions round to TensorFloat-32 by default: what a ticket computes does
     not depend on the device.
     """
-    if weight.ndim == 2:
-        return nn.functional.linear(x, weight, bias)
+    how = (stride, padding, dilation)
     if x.device.type == "cpu":
-        return nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.dtype == torch.float32 and min(weight.shape[:2]) >= WIDE and not differentiable:
-        return _in_two(x, weight, bias, stride, padding, dilation)
-    with cudnn.flags(enabled=True, allow_tf32=False):
-        return nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+        vectors = weight.ndim == 2
+        return nn.functional.linear(x, weight, bias) if vectors else nn.functional.conv2d(x, weight, bias, *how)
+    if weight.ndim == 2:
+        with float32(PRODUCTS):
+            return nn.functional.linear(x, weight, bias)
+    if x.dtype == torch.float32 and x.ndim == 4 and min(weight.shape[:2]) >= WIDE and _value_alone(x, weight):
+        return _in_two(x, weight, bias, *how)
+    with float32(CONVOLUTIONS):
+        return nn.functional.conv2d(x, weight, bias, *how)
+
+
+def _value_alone(*tensors: Tensor) -> bool:
+    """Whether nothing but numbers is asked of an operation: no derivative, no trace, no batch of `torch.func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    return not any(
+        (t.requires_grad and torch.is_grad_enabled())
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)  # type: ignore[attr-defined]
+        or forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    )  # fmt: skip
 
 
 def _in_two(
@@ -55,7 +71,7 @@ def _in_two(
     large[:, channels:] = low[:, channels:] = 0
     high.copy_(large)
     how = (stride, padding, dilation)
-    with cudnn.flags(enabled=True, allow_tf32=True):
+    with float32(CONVOLUTIONS, TF32):
         found = nn.functional.conv2d(small, _channels_last(torch.cat([whole, rest], 1)), None, *how)
         found += nn.functional.conv2d(large, _channels_last(whole), None, *how)
     found = found[:, :out]

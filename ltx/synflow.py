@@ -63,7 +63,7 @@ def prune(
             one number.
 
     Raises:
-        LtxError: an unknown scope, or several densities with the global scope.
+        LtxError: an unknown scope, several densities with the global scope, or not one of every parameter.
     """
     values = scores(model, shape)
     parameters = prunable(model)
@@ -71,6 +71,8 @@ def prune(
         if scope == "global":
             raise LtxError("synflow: the global scope needs one density for all parameters")
         share = dict(densities)
+        if share.keys() != values.keys():
+            raise LtxError(f"synflow: densities of {', '.join(share)}; needed are those of {', '.join(values)}")
     else:
         share = dict.fromkeys(values, densities)
     if scope == "local":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from ltx import synflow
 from ltx.data import Split
@@ -165,6 +166,16 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, proto
     return _Captured(step, next(_draws(data, protocol, seed=(0, 0, 0))), model)
 
 
+@contextlib.contextmanager
+def _fastest_kernels() -> Iterator[None]:
+    """cuDNN tries several and takes the fastest."""
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 class _Captured:
     """A step as a CUDA graph: one launch instead of hundreds. Gradients stay where they were when it was captured."""
 
@@ -173,8 +184,9 @@ class _Captured:
     def __init__(self, step: Callable[..., Tensor], example: tuple[Tensor, ...], model: nn.Module):
         self._inputs = [each.clone() for each in example]
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        stream = torch.cuda.Stream()
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        self._device = example[0].device
+        with torch.cuda.device(self._device), _fastest_kernels():
+            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(self.WARM_UP):
@@ -188,7 +200,8 @@ class _Captured:
     def __call__(self, *draw: Tensor) -> Tensor:
         for mine, given in zip(self._inputs, draw, strict=True):
             mine.copy_(given)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self._loss
 
 

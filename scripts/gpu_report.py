@@ -65,6 +65,7 @@ def tests(_: str) -> dict:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     return {"status": found.returncode, "output": found.stdout[-6000:]}
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, SMOKE, last_line, one_line, small_cnn
 
-from ltx import Ticket, cli, data
-from ltx.files import read_tensors
+from ltx import Ticket, cli, data, evaluation
+from ltx.files import read_tensors, write_tensors
 from ltx.help import PLAIN, SETTINGS
 from ltx.tasks import subset_sum
 
@@ -234,6 +234,43 @@ def test_verify_finds_a_tampered_mask(outputs, ltx, tmp_path):
         status, _, err = ltx(command, str(tmp_path / "tampered.safetensors"), f"output_dir={outputs}")
         assert (status, "is not valid: layer 2, row" in one_line(err)) == (1, True)
         assert [file.name for file in tmp_path.iterdir()] == ["tampered.safetensors"]
+
+
+def test_tickets_side_by_side_in_a_folder(outputs, ltx, tmp_path):
+    """Each has results of its own, which say of its construction what is known of this one."""
+    how = {}
+    for seed, name in ((0, "a"), (1, "b")):
+        made = last_line(ltx("construct", *SMOKE, f"seed={seed}", f"output_dir={outputs}")[1])
+        shutil.copy(made, tmp_path / f"{name}.safetensors")
+        how[name] = json.loads(made.with_name("construction.json").read_text())
+    shutil.copy(made.with_name("construction.json"), tmp_path)  # b's
+    assert (
+        ltx("eval", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), f"output_dir={outputs}")[0] == 0
+    )
+    found = {name: json.loads((tmp_path / f"{name}.result.json").read_text()) for name in how}
+    assert [found[name]["seed"] for name in how] == [0, 1]
+    assert [found[name]["problems"] for name in how] == [None, how["b"]["problems"]]
+    assert (tmp_path / "a.deviation.json").is_file()
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_outputs_that_are_not_finite(outputs, ltx, tmp_path, monkeypatch):
+    tensors, said = read_tensors(next(outputs.glob("targets/*/target.safetensors")))
+    write_tensors(tmp_path / "large.safetensors", tensors | {"5.weight": tensors["5.weight"] * 1e38}, said)
+    given = (*SMOKE, f"target.checkpoint={tmp_path / 'large.safetensors'}")
+    assert ltx("construct", *given)[0] == 0
+    status, _, err = ltx("eval", *given)
+    assert (status, "of 360 test images are not finite" in one_line(err)) == (1, True)
+    plain = evaluation.outputs
+    monkeypatch.setattr(
+        evaluation, "outputs", lambda *args, **how: plain(*args, **how).fill_(torch.nan)
+    )  # the ticket's
+    ticket = last_line(ltx("construct", *SMOKE, "seed=5", f"output_dir={outputs}")[1])
+    status, out, _ = ltx("eval", str(ticket), f"output_dir={outputs}")
+    assert status == 0
+    found = json.loads(last_line(out).read_text())
+    assert (found["ticket_accuracy"], found["agreement"], found["max_deviation"]) == (0, 0, None)
+    shutil.rmtree(ticket.parent)
 
 
 def test_eval_of_a_fixed_random_subset(outputs, ltx):

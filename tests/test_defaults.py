@@ -38,6 +38,16 @@ def default_device(device):
 
 
 @contextlib.contextmanager
+def matmul_precision(name):
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == name
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
 def taken_back(device):
     with default_device(device):
         pass
@@ -51,6 +61,7 @@ SETTINGS = {
     "device, taken back": lambda: taken_back("meta"),
     "with device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "matmul precision": lambda: matmul_precision("medium"),  # bfloat16, where a CPU has it
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
 }

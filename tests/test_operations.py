@@ -1,8 +1,13 @@
 """What the operations compute does not depend on the device, or on how it is computed there."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
+from torch.autograd import forward_ad
 
 from ltx import operations
 
@@ -44,6 +49,82 @@ def test_a_split_number_is_the_sum_of_its_parts():
     assert torch.equal(high + low, x)
     assert torch.equal(rounded(high), high)
     assert (low.abs() <= x.abs() * 2**-10).all()
+
+
+SET = [
+    "pass", "cudnn.allow_tf32 = False", "torch.set_float32_matmul_precision('high')",
+    "torch.backends.cuda.matmul.allow_tf32 = True", "cudnn.conv.fp32_precision = 'ieee'",
+    "cudnn.conv.fp32_precision = 'tf32'", "cudnn.fp32_precision = 'ieee'", "torch.backends.fp32_precision = 'ieee'",
+    "torch.backends.fp32_precision = 'tf32'",
+]  # fmt: skip
+CHECK = """
+import torch
+from torch.backends import cudnn
+{set}
+from ltx.precision import CONVOLUTIONS, PRODUCTS, EXACT, TF32, float32
+def read():
+    return [setting.read() for setting in (*CONVOLUTIONS, *PRODUCTS)]
+before = read()
+with float32(CONVOLUTIONS), float32(PRODUCTS):
+    assert set(read()) <= {{EXACT, "highest"}}
+    with float32(CONVOLUTIONS, TF32):
+        assert read()[0] == TF32
+    assert read()[0] == EXACT
+assert read() == before
+"""
+
+
+@pytest.mark.parametrize("how", SET)
+def test_precision_is_set_back_however_it_was_set(how):
+    """By the newer names or the older ones, of which PyTorch refuses to read one behind the other."""
+    if "fp32_precision" in how and not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("a setting of PyTorch 2.9")
+    command = [sys.executable, "-W", "ignore", "-c", CHECK.format(set=how)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_is_more_than_numbers_is_one_convolution():
+    """Derivatives, batches of torch.func and traces, of which what writes into given tensors knows nothing."""
+    seen = []
+
+    def look(x):
+        seen.append(operations._value_alone(x))
+        return x * 2
+
+    x = torch.ones(3)
+    look(x)
+    with torch.no_grad():
+        look(torch.ones(3, requires_grad=True))
+    assert seen == [True, True]
+    look(torch.ones(3, requires_grad=True))
+    torch.func.jvp(look, (x,), (x,))
+    torch.func.jacrev(look)(x)
+    torch.func.vmap(look)(x[None])
+    torch.jit.trace(look, x, check_trace=False)
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x, x))
+    assert seen[2:] == [False] * 6
+
+
+@pytest.mark.gpu
+def test_derivatives_and_batches_on_a_gpu():
+    x, weight, bias, *how = (a.cuda() if isinstance(a, torch.Tensor) else a for a in convolution())
+    plain = operations.affine(x, weight, bias, *how)
+    value, tangent = torch.func.jvp(lambda x: operations.affine(x, weight, bias, *how), (x,), (x,))
+    torch.testing.assert_close(value, plain, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(tangent, plain - bias.view(-1, 1, 1), rtol=1e-4, atol=1e-3)
+    many = torch.vmap(lambda x: operations.affine(x, weight, bias, *how))(x[:, None])
+    torch.testing.assert_close(many[:, 0], plain, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(operations.affine(x[0], weight, bias, *how), plain[0], rtol=1e-4, atol=1e-3)
+    torch.set_float32_matmul_precision("high")
+    try:
+        exact = nn.functional.linear(x[:, :, 0, 0].double(), weight[:, :, 0, 0].double())
+        found = operations.affine(x[:, :, 0, 0], weight[:, :, 0, 0], None)
+        assert float((found - exact).norm() / exact.norm()) < 1e-6
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

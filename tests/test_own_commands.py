@@ -26,6 +26,14 @@ def make():
         nn.Linear(8, 10),
     )
 
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = make()
+
+    def forward(self, x):
+        return self.module(x)
+
 def normalised():
     net = make()
     with torch.no_grad():
@@ -142,9 +150,11 @@ def test_bounds_are_of_the_network_that_is_approximated(own, ltx):
     assert allowed[0] != pytest.approx(allowed[1], rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["plain", "masks", "prune", "parallel"])
+@pytest.mark.parametrize("kind", ["plain", "masks", "prune", "parallel", "called module"])
 def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
-    model = imported(f"{own}:make")
+    name = f"{own}:{'Wrapped' if kind == 'called module' else 'make'}"
+    whole = imported(name)
+    model = whole.module if kind == "called module" else whole
     with torch.no_grad():
         for n in (0, 5, 9):
             mask = (torch.rand(model[n].weight.shape, generator=torch.Generator().manual_seed(n)) < 0.5).float()
@@ -154,14 +164,14 @@ def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
                 model[n].register_buffer("weight_mask", mask)
             else:
                 model[n].weight.mul_(mask)
-    state = {f"module.{key}" if kind == "parallel" else key: value for key, value in model.state_dict().items()}
+    state = {f"module.{key}" if kind == "parallel" else key: value for key, value in whole.state_dict().items()}
     torch.save(state, tmp_path / "own.pt")
-    given = ["target=digits", f"target.module={own}:make", f"target.checkpoint={tmp_path / 'own.pt'}", "head=construct",
+    given = ["target=digits", f"target.module={name}", f"target.checkpoint={tmp_path / 'own.pt'}", "head=construct",
              "m=20", "scaling=layer_max", "construction=2L"]  # fmt: skip
     status, out, err = ltx("construct", *given)
     assert status == 0, err
     ticket = Ticket.load(tmp_path / out.splitlines()[-1])
-    assert ticket.target_sha256 == trace(model).digest()
+    assert ticket.target_sha256 == trace(whole).digest()
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,14 @@ def test_training_that_was_interrupted_goes_on_or_with_force_begins_anew(outputs
         return plain(*args, on_progress=show, **keywords)
 
     begun = tmp_path / "targets" / "digits-relu-smoke-seed0" / "round.safetensors"
-    for again, goes_on in (((), True), (("force=true",), False)):
+    force = ("force=true",)  # the last: what is trained in the place of a target that is there goes on, too
+    for first, again, goes_on in (((), (), True), (force, force, False), (force, (), True)):
         monkeypatch.setattr(training, "train", interrupted)
-        assert ltx("train-target", *SMOKE, *again)[0] == 130
+        assert ltx("train-target", *SMOKE, *first)[0] == 130
         assert begun.is_file()
+        if first:
+            other = ltx("train-target", *SMOKE, "target.density=0.5")
+            assert (other[0], "was trained with other settings" in other[2]) == (1, True)
         monkeypatch.setattr(training, "train", plain)
         status, out, err = ltx("train-target", *SMOKE, *again)
         assert (status, f"going on from {begun}" in err) == (0, goes_on)

@@ -97,6 +97,8 @@ def test_refusals(model):
         synflow.prune(model, (1, 8, 8), 0.1, scope="layer")
     with pytest.raises(LtxError, match="one density"):
         synflow.prune(model, (1, 8, 8), {"0.weight": 0.1}, scope="global")
+    with pytest.raises(LtxError, match=r"densities of 0.weight; needed are those of 0.weight, 0.bias, "):
+        synflow.prune(model, (1, 8, 8), {"0.weight": 0.1})
     with torch.no_grad():
         model[5].weight.fill_(1e30)
         model[2].weight.fill_(1e38)

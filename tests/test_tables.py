@@ -2,12 +2,14 @@
 
 import io
 import math
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
 
 from ltx.feedback import IMAGES, Feedback
+from ltx.paths import reference_dir
 from ltx.report import tables, tradeoff
 
 
@@ -321,6 +323,28 @@ def test_table_4_has_the_papers_ratio():
     assert row.ratio == pytest.approx(3_900_024.5 / 116_094)
     assert math.isnan(row.source)
     assert frame.loc[("sigmoid", "explicit 2L")].source == 141e6
+
+
+def test_signs_of_latex_are_written_out():
+    failure = {"activation": "relu", "construction": "2L", "selection": "smallest", "seed": 3, "base_set_size": 15,
+               "error": "use scaling=layer_max & m_2 # 1 < 2 {~^\\}"}  # fmt: skip
+    table = tables.accuracy_table(results().assign(activation="leaky_relu,tanh"))
+    text = replace(table, note=tables.failure_note([failure], 15)).latex
+    assert r"leaky\_relu,tanh & 2L & " in text
+    assert r"use scaling=layer\_max \& m\_2 \# 1 $<$ 2 \{\textasciitilde{}\textasciicircum{}\textbackslash{}\}" in text
+    kept = [*(reference_dir() / "tables").glob("*.tex")]
+    assert kept
+    for page in [text, *(file.read_text() for file in kept)]:
+        assert not re.search(r"(?<!\\)[_#%~^±–λ≤]", page.partition("\\begin{table}")[2])
+
+
+def test_tables_of_resnet22_on_other_data():
+    other = deep_results().assign(data="digits")
+    for table in (tables.deep_accuracy_table(other), tables.deep_parameter_table(other)):
+        assert table.title.endswith("of ResNet-22 on digits.")
+        assert "Fewer than all images are a fixed random subset" in table.note
+        assert "| 72.7" not in table.markdown
+        assert pd.read_csv(io.StringIO(table.csv)).filter(like="paper_").isna().all(axis=None)
 
 
 def test_the_papers_values_stay_with_a_constructed_head_of_resnet22():

@@ -1,13 +1,17 @@
 """`ltx tables`: which results are in a table, and what its files are called."""
 
+import hashlib
 import json
+import math
 import os
 import shutil
+from dataclasses import fields
 
 import pandas as pd
 import pytest
 from conftest import SMOKE, last_line, settings
 
+from ltx.config import FeedbackSettings
 from ltx.tasks import tables as task
 
 
@@ -17,7 +21,13 @@ from ltx.tasks import tables as task
         ("target=mnist", "", ""),
         ("target=resnet22", "", ""),
         ("target=digits", "-digits", ""),
-        ("target=mnist data=digits", "-mnist", ""),
+        ("target=mnist data=digits", "-mnist-digits", ""),
+        ("target=resnet22 data=digits", "-resnet22-digits", ""),
+        (
+            "target=digits target.checkpoint=a/digits-tanh-quick-seed0/target.safetensors",
+            "-digits-tanh-quick-seed0",
+            "",
+        ),
         ("target=mnist target.checkpoint=a/mine.pt", "-mine", ""),
         ("target=resnet22 target.checkpoint=a/mine.pt", "-mine", ""),
         ("target.module=a.b:small", "-small-mnist", ""),
@@ -39,11 +49,26 @@ def test_tables_of_other_tickets_have_files_of_their_own(given, kind, sums):
 
 ENTRY = {
     "kind": "explicit", "seed": 0, "base_set_size": 15, "epsilon": 0.01, "selection": "smallest", "head": "keep",
-    "scaling": "unit", "batch_norm": "keep", "target_sha256": "a", "data": "mnist",
+    "scaling": "unit", "batch_norm": "keep", "target_sha256": "a", "data": "mnist", "activation": "relu",
+    "construction": "L+1",
+}  # fmt: skip
+CHOSEN = ENTRY | {"selection": "feedback"} | {f"feedback_{f.name}": f.default for f in fields(FeedbackSettings)}
+SAMPLED = {key: value for key, value in ENTRY.items() if key not in ("scaling", "batch_norm", "data")} | {
+    "kind": "sampled", "construction": "sampled",
 }  # fmt: skip
 
 
-SAMPLED = {key: ENTRY[key] for key in ("seed", "base_set_size", "epsilon", "selection", "head", "target_sha256")}
+def entries(folders, names, *given, digests, **how):
+    """What tables take of the first file of those names in each folder that will do, without what they add."""
+
+    def candidates(folder):
+        return [folder / name for name in names if (folder / name).is_file()]
+
+    return task._entries(folders, candidates, settings("target=mnist", *given), digests, **how)
+
+
+def without(entry, key):
+    return {name: value for name, value in entry.items() if name != key}
 
 
 @pytest.mark.parametrize(
@@ -51,10 +76,10 @@ SAMPLED = {key: ENTRY[key] for key in ("seed", "base_set_size", "epsilon", "sele
     [
         (ENTRY, True, False, True),
         (ENTRY | {"selection": "best"}, False, True, True),
-        (ENTRY | {"selection": "feedback"}, True, False, True),
-        (ENTRY | {"selection": "feedback", "scaling": "layer_max", "base_set_size": 9}, True, False, True),
-        (ENTRY | {"selection": "feedback", "head": "construct"}, False, False, False),
-        (ENTRY | {"selection": "feedback", "epsilon": 0.1}, False, False, True),
+        (CHOSEN, True, False, True),
+        (CHOSEN | {"scaling": "layer_max", "base_set_size": 9}, True, False, True),
+        (CHOSEN | {"head": "construct"}, False, False, False),
+        (CHOSEN | {"epsilon": 0.1}, False, False, True),
         (ENTRY | {"base_set_size": 12}, False, False, True),
         (ENTRY | {"epsilon": 0.1}, False, False, True),
         (ENTRY | {"head": "construct"}, False, False, False),
@@ -67,6 +92,15 @@ SAMPLED = {key: ENTRY[key] for key in ("seed", "base_set_size", "epsilon", "sele
         (ENTRY | {"target_sha256": "b"}, False, False, False),
         (ENTRY | {"data": "digits"}, False, False, False),
         (ENTRY | {"seed": None}, False, False, False),
+        (ENTRY | {"seed": True}, False, False, False),
+        (ENTRY | {"epsilon": math.nan}, False, False, False),
+        (ENTRY | {"law": None}, False, False, False),
+        (ENTRY | {"construction": "3L"}, False, False, False),
+        (ENTRY | {"kind": "other"}, False, False, False),
+        (without(ENTRY, "head"), False, False, False),
+        (without(ENTRY, "activation"), False, False, False),
+        (without(ENTRY, "data"), True, False, True),
+        (without(CHOSEN, "feedback_penalty"), False, False, False),
         (SAMPLED, True, False, True),
         (SAMPLED | {"head": "construct"}, False, False, False),
         (SAMPLED | {"base_set_size": 12}, False, False, True),
@@ -75,22 +109,57 @@ SAMPLED = {key: ENTRY[key] for key in ("seed", "base_set_size", "epsilon", "sele
     ],
 )
 def test_which_results_are_in_a_table(entry, smallest, best, any_sums, tmp_path):
-    file = tmp_path / "result.json"
-    file.write_text(json.dumps(entry))
-    digests = {"a": {"data": "mnist"}}
+    (tmp_path / "result.json").write_text(json.dumps(entry))
     for selection, expected in (("smallest", smallest), ("best", best)):
-        found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests)
-        assert found == [entry] * expected
-        found = task._entries([file], settings("target=mnist", f"selection={selection}"), digests, any_sums=True)
-        assert found == [entry] * any_sums
+        for how, many in (({}, expected), ({"any_sums": True}, any_sums)):
+            found = entries(
+                [tmp_path], ["result.json"], f"selection={selection}", digests={"a": {"data": "mnist"}}, **how
+            )
+            assert len(found) == many
+            assert all(entry.items() <= one.items() for one in found)
+
+
+def test_a_copy_of_a_ticket_is_no_other_seed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for n, seed in enumerate((0, 1, 1, 2)):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "result.json").write_text(json.dumps(ENTRY | {"seed": seed}))
+    found = entries(tmp_path.iterdir(), ["result.json"], digests={"a": {}})
+    assert [one["seed"] for one in found] == [0, 1, 2]
+    assert f"{tmp_path}/2/result.json: left out, it is of the same settings and seed as {tmp_path}/1" in caplog.text
+
+
+def test_the_next_file_of_a_ticket_counts_where_the_first_is_none(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "ticket.safetensors").write_bytes(b"ticket")
+    digest = hashlib.sha256(b"ticket").hexdigest()
+    (tmp_path / "b.json").write_text(json.dumps(ENTRY | {"ticket_sha256": digest}))
+    for bad, said in ("{", "cannot be read"), (json.dumps(ENTRY | {"ticket_sha256": "0"}), "is another one"):
+        (tmp_path / "a.json").write_text(bad)
+        (found,) = entries([tmp_path], ["a.json", "b.json"], digests={"a": {}})
+        assert found["ticket_sha256"] == digest
+        assert said in caplog.text
+
+
+def test_a_failure_beside_a_ticket_is_of_an_earlier_try(tmp_path):
+    (tmp_path / "failure.json").touch()
+    assert list(task._failures(tmp_path)) == [tmp_path / "failure.json"]
+    (tmp_path / "ticket.safetensors").touch()
+    assert not list(task._failures(tmp_path))
+
+
+def test_deviations_of_most_images_come_first(tmp_path):
+    for name in ("deviation-limit9", "deviation", "deviation-limit20", "deviation-limit100"):
+        (tmp_path / f"{name}.json").touch()
+    found = [path.stem for path in task._deviations(tmp_path)]
+    assert found == ["deviation", "deviation-limit100", "deviation-limit20", "deviation-limit9"]
 
 
 @pytest.mark.parametrize("other", ["law=normal", "scaling=layer_max", "batch_norm=fold", "pair.kernel=3"])
 def test_sampled_errors_are_in_no_table_of_another_source(other, tmp_path):
-    file, digests = tmp_path / "result.json", {"a": {}}
-    file.write_text(json.dumps(SAMPLED))
-    assert task._entries([file], settings("target=mnist"), digests) == [SAMPLED]
-    assert task._entries([file], settings("target=mnist", other), digests) == []
+    (tmp_path / "result.json").write_text(json.dumps(SAMPLED))
+    assert len(entries([tmp_path], ["result.json"], digests={"a": {}})) == 1
+    assert entries([tmp_path], ["result.json"], other, digests={"a": {}}) == []
 
 
 def test_tables_say_which_target_is_not_the_one_of_the_settings(outputs, ltx):
@@ -109,18 +178,18 @@ def test_tables_leave_out_results_of_another_ticket(outputs, ltx, tmp_path):
         assert ltx("eval", *given, f"seed={seed}")[0] == 0
     os.utime(tickets[0])  # as a copy has: the same ticket
     assert ltx("tables", *given)[0] == 0
-    table = pd.read_csv(tmp_path / "tables" / "results-target.csv")
+    table = pd.read_csv(tmp_path / "tables" / "results-digits-relu-smoke-seed0.csv")
     assert sorted(table.seed) == [0, 1]
     tickets[0].write_bytes(tickets[1].read_bytes())
     status, _, err = ltx("tables", *given)
     assert (status, "the ticket beside it is another one; run ltx eval again" in err) == (0, True)
-    assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [1]
+    assert pd.read_csv(tmp_path / "tables" / "results-digits-relu-smoke-seed0.csv").seed.tolist() == [1]
     os.utime(tickets[0], (0, 0))  # as a copy with its times has: another one all the same
     assert "the ticket beside it is another one" in ltx("tables", *given)[2]
     for ticket in tickets:  # results may be kept without them
         ticket.unlink()
     assert ltx("tables", *given)[0] == 0
-    assert sorted(pd.read_csv(tmp_path / "tables" / "results-target.csv").seed) == [0, 1]
+    assert sorted(pd.read_csv(tmp_path / "tables" / "results-digits-relu-smoke-seed0.csv").seed) == [0, 1]
 
 
 def test_tables_leave_out_files_that_are_no_results(outputs, ltx, tmp_path):
@@ -136,7 +205,7 @@ def test_tables_leave_out_files_that_are_no_results(outputs, ltx, tmp_path):
         result.write_text(json.dumps(other))
         status, _, err = ltx("tables", *given)
         assert (status, err.count(f"{result}: left out, cannot be read")) == (0, 1)
-        assert pd.read_csv(tmp_path / "tables" / "results-target.csv").seed.tolist() == [0]
+        assert pd.read_csv(tmp_path / "tables" / "results-digits-relu-smoke-seed0.csv").seed.tolist() == [0]
 
 
 def test_tables_say_that_a_target_is_damaged(outputs, ltx, tmp_path):

@@ -102,7 +102,7 @@ def sampled(
                     f"layer {name}: its {part} is that of layer {other} too, which has errors; give it its own"
                 )
             changed, sizes = _perturbed(tensor, epsilon, error, size, generator)
-            state[key] = changed
+            state[key] = changed.to(state[key].device)
             parameters += slots * (sets if part == "weight" else constants) * sizes
     counted = sum(layer.parameters_above(epsilon) for layer in layers.values())
     return Sampled(state, parameters + copies, counted)

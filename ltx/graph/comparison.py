@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ltx.errors import ConstructionError
 from ltx.graph.nodes import Graph, run
+from ltx.precision import CONVOLUTIONS, float32
 
 IMAGES = 8  # are enough: what was not seen changes every one
 TOLERANCE = 1e-3  # of the largest output, beside
@@ -24,7 +25,8 @@ def require_same_outputs(model: nn.Module, graph: Graph, images: Tensor) -> None
     parameter = next(model.parameters(), images)
     images = images[:IMAGES].detach().to(parameter.device)
     try:
-        theirs = model(images.to(parameter.dtype))
+        with float32(CONVOLUTIONS):
+            theirs = model(images.to(parameter.dtype))
     except Exception:  # of the user's code: of any kind. Whoever needs the model to take them says so
         return
     try:

@@ -57,10 +57,16 @@ class Table:
         return ("left", "left") + ("right",) * (len(self.shown.columns) - 2)
 
 
+_TEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "%&#_${}"} | {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
+        PM: r"$\pm$", "–": "--", "λ": r"$\lambda$", "≤": r"$\leq$",
+    }
+)  # fmt: skip
+
+
 def _tex(text: str) -> str:
-    for sign, command in (("%", r"\%"), (PM, r"$\pm$"), ("–", "--"), ("λ", r"$\lambda$"), ("≤", r"$\leq$")):
-        text = text.replace(sign, command)
-    return text
+    return text.translate(_TEX)
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
@@ -171,7 +177,7 @@ def deep_accuracy_table(results: pd.DataFrame) -> Table:
         numbers.append(number)
         shown.append(text)
     return Table(
-        "Table 3. Test accuracy in % of ResNet-22 on CIFAR-10.", _deep_note(results), pd.DataFrame(numbers),
+        f"Table 3. Test accuracy in % of ResNet-22 on {_data(results)}.", _deep_note(results), pd.DataFrame(numbers),
         pd.DataFrame(shown),
     )  # fmt: skip
 
@@ -206,7 +212,7 @@ def deep_parameter_table(results: pd.DataFrame) -> Table:
         numbers.append(number)
         shown.append(text)
     return Table(
-        "Table 4. Number of prunable parameters of ResNet-22 on CIFAR-10.", _deep_note(results),
+        f"Table 4. Number of prunable parameters of ResNet-22 on {_data(results)}.", _deep_note(results),
         pd.DataFrame(numbers), pd.DataFrame(shown),
     )  # fmt: skip
 
@@ -292,8 +298,13 @@ def _subsets(results: pd.DataFrame) -> str:
 def _deep_rows(results: pd.DataFrame, published: pd.DataFrame):
     """(activation, kind, results of that row, the paper's values for the activation)."""
     for activation, name, mine in _variants(results):
-        on_paper = (mine["head"] == "construct").all() and paper.in_its_setting(mine)
+        on_paper = (mine.data == "cifar10").all() and (mine["head"] == "construct").all() and paper.in_its_setting(mine)
         yield activation, name, mine, published[(published.row == activation) & on_paper].set_index("column")
+
+
+def _data(results: pd.DataFrame) -> str:
+    name = str(results.data.iloc[0])
+    return {"cifar10": "CIFAR-10", "mnist": "MNIST"}.get(name, name)
 
 
 def _deep_note(results: pd.DataFrame) -> str:
@@ -301,9 +312,10 @@ def _deep_note(results: pd.DataFrame) -> str:
     normalised = results[results.kind == "explicit"].batch_norm
     shortcuts = "; errors are not sampled for the projection shortcuts" * int((results.kind == "sampled").any())
     how = f" (head: {first['head']}, batch norm: {_unique(normalised)}{_built(results)})"
+    many = "10000" if results.data.iloc[0] == "cifar10" else "all"
     return (
         f"Mean {PM} 1.96 s / sqrt(n) over n seeds; m = {usual_size(results)}, epsilon = {first.epsilon:g}, "
-        f"{_subsets(results)}. {_kinds(results, how)} Fewer than 10000 images are "
+        f"{_subsets(results)}. {_kinds(results, how)} Fewer than {many} images are "
         "a fixed random subset, for the target too; the target's parameters are those above epsilon of the layers that "
         f"are approximated{shortcuts}."
     )

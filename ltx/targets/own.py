@@ -49,7 +49,10 @@ def load_own(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> nn.Modul
         CheckpointError: keys or shapes are not the network's.
     """
     expected = model.state_dict()
-    state = {key.removeprefix("module."): tensor for key, tensor in checkpoint.state.items()}  # of DataParallel
+    state = checkpoint.state
+    if not any(key.removesuffix("_orig").removesuffix("_mask") in expected for key in state):
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}  # of DataParallel
+    state = dict(state)
     for key in [key for key in state if key.endswith("_mask") and key not in expected]:
         parameter, mask = key.removesuffix("_mask"), state.pop(key)
         dense = state.pop(f"{parameter}_orig", state.get(parameter))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -22,13 +20,13 @@ from ltx.config import Settings
 from ltx.deviation import ticket_deviations
 from ltx.errors import LtxError
 from ltx.evaluation import outputs
-from ltx.files import read_result, require_writable, write_json
+from ltx.files import read_result, require_writable, with_null, write_json
 from ltx.graph import Graph, fold_batch_norm
 from ltx.graph import run as run_graph
 from ltx.report import certificate as report
 from ltx.report.figures import save
 from ltx.tasks import provenance, targets_at
-from ltx.tasks.evaluate import DEVIATION_IMAGES, find_ticket, made_with, require_valid, scaling_of, some_images
+from ltx.tasks.evaluate import DEVIATION_IMAGES, beside, find_ticket, made_with, require_valid, scaling_of, some_images
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -46,7 +44,7 @@ def run(settings: Settings) -> Path:
     """
     path, ticket, known = find_ticket(settings)
     target = targets_at.require_comparable(path, ticket, known)
-    written, how = path.with_name("certificate.json"), scaling_of(made_with(path))
+    written, how = beside(path, "certificate.json"), scaling_of(made_with(path, ticket))
     about = {
         "ltx": __version__,  # another one may prove something else
         "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,
@@ -82,7 +80,7 @@ def run(settings: Settings) -> Path:
     found: dict[str, Tensor] = {}
     for name, (values, at) in where.items():
         found[name] = _largest(values.double().cpu(), at, proven.bound, ticket, graph)
-        over = (found[name] > proven.bound).nonzero().flatten().tolist()
+        over = (~(found[name] <= proven.bound)).nonzero().flatten().tolist()
         if over:
             raise LtxError(
                 f"ticket {path}: output {over[0]} is off by {float(found[name][over[0]]):.6g} ({name}), beyond the "
@@ -101,19 +99,10 @@ def run(settings: Settings) -> Path:
     of = "" if ticket.law == "uniform" else f" {ticket.law} source,"
     title = f"{ticket.construction}, {ticket.activation},{of} seed {ticket.seed}"
     save(report.figure(nodes, title), written.with_suffix(""))
-    result = _with_null(result)
+    result = with_null(result)
     write_json(written, result)  # behind the figures, so that they are there where it is
     _print(result)
     return written
-
-
-def _with_null(value: Any) -> Any:
-    """A result as JSON has it: None for what is infinite."""
-    if isinstance(value, dict):
-        return {key: _with_null(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_with_null(part) for part in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def _ascent(

@@ -22,7 +22,7 @@ from ltx.config import Settings
 from ltx.deviation import Deviation, sampled_deviations, ticket_deviations
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import compare, outputs
-from ltx.files import read_result, require_writable, write_json
+from ltx.files import read_result, require_writable, with_null, write_json
 from ltx.graph import fold_batch_norm
 from ltx.tasks import given, provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
@@ -34,6 +34,7 @@ _ABOUT = (
     "kind", "network", "data", "input_range", "activation", "construction", "base_set_size", "epsilon", "selection",
     "seed", "law", "head", "scaling", "batch_norm", "pair_kernel", "pair_stride", "target_sha256", "ticket_sha256",
 )  # fmt: skip
+_SAID = ("construction", "base_set_size", "epsilon", "selection", "seed", "law", "target_sha256")  # by both
 SUBSET_SEED = 0  # of the fixed random subset that limit=N evaluates
 DEVIATION_IMAGES = 64  # of the same subset: on which activations are compared
 
@@ -57,23 +58,34 @@ def run(settings: Settings) -> Path:
     else:
         path, ticket, known = find_ticket(settings)
         target = targets_at.require_comparable(path, ticket, known)
-        how = made_with(path)
+        how = made_with(path, ticket)
         candidate = partial(_explicit, path, ticket, target, how, device)
         made = scaling_of(how)
-    result_path = path.with_name("result.json" if settings.limit is None else f"result-limit{settings.limit}.json")
+    result_path = beside(path, "result" + _of_limit(settings))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data, **made}):
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path
     require_writable(result_path.parent)
-    return _evaluate(candidate(), settings, result_path, digest, device)
+    return _evaluate(candidate(), settings, path, digest, device)
 
 
-def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, digest: str, device: str) -> Path:
+def beside(path: Path, name: str) -> Path:
+    """A file of that name beside a ticket; with the ticket's in front where several may lie in one folder."""
+    return path.with_name(name if path.stem in ("ticket", "sampled") else f"{path.stem}.{name}")
+
+
+def _of_limit(settings: Settings) -> str:
+    return ".json" if settings.limit is None else f"-limit{settings.limit}.json"
+
+
+def _evaluate(candidate: _Candidate, settings: Settings, path: Path, digest: str, device: str) -> Path:
     target = candidate.target
     split, order = _test_split(settings, target.data, device)
     network = candidate.network.to(device)
     theirs = _target_outputs(target, split, settings, device)
+    if bad := int((~theirs.isfinite()).any(1).sum()):
+        raise LtxError(f"target {target.path}: its outputs for {bad} of {len(split)} test images are not finite")
     begin = time.perf_counter()
     measured = compare(theirs, network, split)
     seconds = time.perf_counter() - begin
@@ -89,10 +101,11 @@ def _evaluate(candidate: _Candidate, settings: Settings, result_path: Path, dige
     images = min(DEVIATION_IMAGES, len(split))
     about = {key: value for key, value in result.items() if key in _ABOUT or key.startswith("feedback_")}
     write_json(
-        result_path.with_name(result_path.name.replace("result", "deviation")),
-        {**about, "images": images, "layers": [asdict(d) for d in found]},
+        beside(path, "deviation" + _of_limit(settings)),
+        with_null({**about, "images": images, "layers": [asdict(d) for d in found]}),
     )
-    write_json(result_path, result)
+    result_path = beside(path, "result" + _of_limit(settings))
+    write_json(result_path, with_null(result))
     log.info(
         "%s, %s, seed %d: ticket %.2f %%, target %.2f %% of %d test images, agreement %.2f %%; %.1f s",
         target.activation, result["construction"], result["seed"], measured.ticket_accuracy,
@@ -130,9 +143,10 @@ def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, how: dict, 
     )  # fmt: skip
 
 
-def made_with(path: Path) -> dict:
-    """What stands beside a ticket of how it was made; nothing where it is not there."""
-    return read_result(path.with_name("construction.json"), {}) or {}
+def made_with(path: Path, ticket: Ticket) -> dict:
+    """What stands beside a ticket of how it was made; nothing where it is not there, or is of another ticket."""
+    found = read_result(path.with_name("construction.json"), {}) or {}
+    return {} if any(found.get(key, value) != value for key, value in vars(ticket).items() if key in _SAID) else found
 
 
 def scaling_of(how: Mapping) -> dict:
@@ -220,7 +234,7 @@ def find_ticket(settings: Settings) -> tuple[Path, Ticket, targets_at.Target | N
 def _require_its_own(path: Path, ticket: Ticket, settings: Settings) -> None:
     """Refuse settings that say of a named file's ticket what it is not."""
     now = {**settings.made, "activation": settings.activation.value}
-    its = made_with(path) | vars(ticket)
+    its = made_with(path, ticket) | vars(ticket)
     for key in given.overrides():
         name = "base_set_size" if key == "m" else key.replace(".", "_")
         if name in now and its.get(name, now[name]) != now[name]:

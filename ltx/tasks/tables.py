@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -28,14 +29,21 @@ _MEASURED = (  # the numbers of a result
     "examples", "target_accuracy", "ticket_accuracy", "agreement", "target_parameters", "ticket_parameters",
 )  # fmt: skip
 
+_WHICH = (  # what tells a ticket from others, besides the settings of feedback
+    "kind", "activation", "construction", "base_set_size", "epsilon", "selection", "seed", "law", "head", "scaling",
+    "batch_norm", "pair_kernel", "pair_stride", "target_sha256",
+)  # fmt: skip
+_EARLIER = {"pair_kernel": 1, "pair_stride": "second", "law": "uniform", "scaling": "unit", "batch_norm": "keep"}
+_KNOWN = {"kind": ("explicit", "sampled"), "construction": ("sampled", "L+1", "2L")}
+_TICKETS = ("ticket", "sampled")
+
 
 def run(settings: Settings) -> Path:
     """Write the tables and print them; the folder that holds them."""
     deep = settings.target.network == "resnet22" and not settings.target.module
     digests = _targets(settings)
-    measured = _entries(_result_files(settings), settings, digests, _MEASURED)
-    results = pd.DataFrame([r for r in measured if r.get("kind") in ("explicit", "sampled")])
-    failed = _entries(_tickets(settings).glob("*/*/failure.json"), settings, digests)
+    results = pd.DataFrame(_entries(_folders(settings), _results(settings), settings, digests, _MEASURED))
+    failed = _entries(_folders(settings), _failures, settings, digests)
     if results.empty:
         own = settings.target.module
         of = f"target.module={own}" if own else f"target={settings.target.name}"
@@ -79,10 +87,13 @@ def run(settings: Settings) -> Path:
 def _kind(settings: Settings) -> str:
     """What of which target is approximated and by what source, where that is not as in the paper's tables."""
     t = settings.target
-    usual = settings.data.name == "mnist" or t.name == "resnet22"
+    usual = (t.network, settings.data.name) in (("mnist_cnn", "mnist"), ("resnet22", "cifar10"))
     usual = usual and not (t.module or t.checkpoint)
-    name = paths.own_name(settings) or (Path(t.checkpoint).stem if t.checkpoint else t.name)
-    kind = "" if usual else f"-{name}"
+    name = t.name if t.name == settings.data.name else f"{t.name}-{settings.data.name}"
+    if t.checkpoint:
+        file = Path(t.checkpoint)
+        name = file.absolute().parent.name if file.name == "target.safetensors" else file.stem  # as train-target has it
+    kind = "" if usual else f"-{paths.own_name(settings) or name}"
     kind += "" if settings.head.value == t.head.value else f"-{settings.head.value}"
     kind += "" if settings.scaling.value == "unit" else f"-{settings.scaling.value}"
     return kind + paths.kind_of(settings)
@@ -98,9 +109,7 @@ def _sums(settings: Settings) -> str:
 def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Path) -> None:
     """How deviation grows through the network, for every m and epsilon that there is; figure and CSV."""
     rows = []
-    firsts = (next(iter(sorted(folder.glob("deviation*.json"))), None) for folder in _tickets(settings).glob("*/*"))
-    files = [file for file in firsts if file is not None]  # of a ticket that was evaluated with several limits, one
-    for account in _entries(files, settings, digests, any_sums=True):
+    for account in _entries(_folders(settings), _deviations, settings, digests, any_sums=True):
         layers = account.pop("layers")
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
@@ -111,12 +120,15 @@ def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Pat
 
 
 def _entries(
-    files: Iterable[Path], settings: Settings, digests: Mapping[str, dict], numbers: Iterable[str] = (), *,
-    any_sums: bool = False,
+    folders: Iterable[Path], candidates: Callable[[Path], Iterable[Path]], settings: Settings,
+    digests: Mapping[str, dict], numbers: Iterable[str] = (), *, any_sums: bool = False,
 ) -> list[dict]:  # fmt: skip
-    """What the files hold of tickets, explicit and sampled, with these settings and of these targets.
+    """What is known of the tickets in the folders, explicit and sampled, with these settings and of these targets.
+
+    One entry of each ticket: a copy of its folder is no other seed.
 
     Args:
+        candidates: folder -> the files that may say it, of which the first counts that is whole and of that ticket.
         digests: SHA-256 of the targets that the settings mean -> their data and range of inputs, so that those of
             another training protocol, of a network of one's own on other data, and for other inputs stay out.
         numbers: what each must have.
@@ -124,29 +136,63 @@ def _entries(
     """
     epsilon = {} if any_sums else {"epsilon": settings.epsilon}
     sums = {} if any_sums else {"base_set_size": settings.m, "selection": settings.selection.value}
-    usual = {"pair_kernel": 1, "pair_stride": "second", "law": "uniform", "scaling": "unit", "batch_norm": "keep"}
-    found = []
-    for path in sorted(files):
-        entry = _read(path, ("seed", "base_set_size", "epsilon", *numbers))
-        meant = None if entry is None else digests.get(entry.get("target_sha256", ""))
-        if entry is None or meant is None:
-            continue
-        if any(entry.get(key, value) != value for key, value in meant.items()):  # of an earlier ltx not all say it
-            continue
+
+    def wanted(entry: dict) -> bool:
+        meant = digests.get(entry["target_sha256"])
+        if meant is None or any(entry.setdefault(key, value) != value for key, value in meant.items()):
+            return False  # of an earlier ltx not all say it
         needs = epsilon | settings.built
-        if entry.get("selection") != "feedback":
+        if entry["selection"] != "feedback":
             needs |= sums
         elif settings.selection.value == "best" and not any_sums:
-            continue
+            return False
         else:
             needs.pop("scaling")  # rows name it
-        if any(entry.get(key, usual.get(key)) != value for key, value in needs.items()):  # not all results say all
-            continue
-        if _stale(path, entry):
-            log.info("%s: left out, the ticket beside it is another one; run ltx eval again", path)
-        else:
-            found.append(entry)
-    return found
+        return all(entry[key] == value for key, value in needs.items())
+
+    found: dict[tuple, tuple[Path, dict]] = {}
+    for folder in sorted(folders):
+        entry = None
+        for path in candidates(folder):
+            entry = _read(path, ("seed", "base_set_size", "epsilon", *numbers))
+            if entry is not None and wanted(entry):
+                if not _stale(path, entry):
+                    which = tuple(
+                        str(entry[key]) for key in sorted(entry) if key in _WHICH or key.startswith("feedback_")
+                    )
+                    other, _ = found.setdefault(which, (path, entry))
+                    if other != path:
+                        log.info("%s: left out, it is of the same settings and seed as %s", path, other)
+                    break
+                log.info("%s: left out, the ticket beside it is another one; run ltx eval again", path)
+    return [entry for _, entry in found.values()]
+
+
+def _folders(settings: Settings) -> Iterable[Path]:
+    """Of all tickets."""
+    return _tickets(settings).glob("*/*")
+
+
+def _results(settings: Settings) -> Callable[[Path], Iterable[Path]]:
+    """The result of a ticket on all images, else that on `limit` of them."""
+    names = dict.fromkeys(("result.json", f"result-limit{settings.limit}.json"))
+    return lambda folder: (folder / name for name in names if (folder / name).is_file())
+
+
+def _deviations(folder: Path) -> Iterable[Path]:
+    """Of a ticket that was evaluated with several limits, on most images first."""
+
+    def images(path: Path) -> float:
+        many = path.stem.removeprefix("deviation-limit")
+        return int(many) if many.isdecimal() else math.inf
+
+    return sorted(folder.glob("deviation*.json"), key=images, reverse=True)
+
+
+def _failures(folder: Path) -> Iterable[Path]:
+    """What is said of a ticket that there is none of."""
+    made = any((folder / f"{kind}.safetensors").is_file() for kind in _TICKETS)
+    return [] if made else folder.glob("failure.json")
 
 
 def _plain(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -186,18 +232,9 @@ def _targets(settings: Settings) -> dict[str, dict]:
     return digests
 
 
-def _result_files(settings: Settings) -> Iterator[Path]:
-    """The result of each ticket on all images, else that on `limit` of them."""
-    for folder in _tickets(settings).glob("*/*"):
-        for name in ("result.json", f"result-limit{settings.limit}.json"):
-            if (folder / name).is_file():
-                yield folder / name
-                break
-
-
 def _stale(path: Path, result: Mapping) -> bool:
     """Whether the ticket beside a result is not the one that it is of."""
-    tickets = (path.with_name(f"{kind}.safetensors") for kind in ("ticket", "sampled"))
+    tickets = (path.with_name(f"{kind}.safetensors") for kind in _TICKETS)
     ticket = next((file for file in tickets if file.is_file()), None)
     if ticket is None or "ticket_sha256" not in result:
         return False  # results may be kept without their tickets, which are large
@@ -205,14 +242,23 @@ def _stale(path: Path, result: Mapping) -> bool:
 
 
 def _read(path: Path, numbers: Iterable[str] = ()) -> dict | None:
-    """What a file holds, where that is an object with these numbers in it; else None, and it is said."""
+    """What a file says of a ticket, where that is all there and these numbers are; else None, and it is said."""
     try:
         entry = json.loads(path.read_text())
         if not isinstance(entry, dict):
             raise ValueError(f"a {type(entry).__name__}, no object")
+        entry = _EARLIER | entry
+        of_feedback = [f"feedback_{field.name}" for field in fields(FeedbackSettings)]
+        for key in (*_WHICH, *(of_feedback if entry.get("selection") == "feedback" else [])):
+            if key not in entry:
+                raise ValueError(f"it does not say its {key}")
+        for key, known in _KNOWN.items():
+            if entry[key] not in known:
+                raise ValueError(f"{key} is {entry[key]!r}")
         for key in numbers:
-            if not isinstance(entry.get(key), int | float):
-                raise ValueError(f"{key} is {entry.get(key)!r}")
+            value = entry.get(key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{key} is {value!r}")
     except (OSError, ValueError) as error:
         log.info("%s: left out, cannot be read (%s)", path, error)
         return None

@@ -7,15 +7,17 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ltx import data, paths, targets, training
 from ltx.config import Settings
 from ltx.errors import LtxError
-from ltx.files import require_writable
+from ltx.files import read_tensors, require_writable
 from ltx.tasks import provenance, targets_at
 
 log = logging.getLogger(__name__)
+CHECKPOINT = "round.safetensors"
 
 
 def run(settings: Settings) -> Path:
@@ -30,12 +32,26 @@ def run(settings: Settings) -> Path:
     if settings.seed:
         raise LtxError("train-target: seed is the source network's; the training's is target.seed")
     path = paths.target_file(settings)
-    if not settings.force:
+    if not settings.force and not _cut_off(settings, path):
         found = targets_at.find(settings)
         if found is not None:
             log.info("%s: there already (%s); force=true trains again", found, targets_at.describe(found))
             return found
     return _train(settings, path)
+
+
+def _cut_off(settings: Settings, path: Path) -> bool:
+    """Whether training with these settings, which was to take the place of another target, was cut off."""
+    checkpoint = path.with_name(CHECKPOINT)
+    if not (path.is_file() and checkpoint.is_file()):
+        return False
+    try:
+        said = json.loads(read_tensors(checkpoint)[1]["settings"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return False
+    now = {"protocol": asdict(targets_at.protocol_of(settings)), "density": settings.density,
+           "seed": settings.target.seed, "compiled": settings.compile}  # fmt: skip
+    return now.items() <= said.items()
 
 
 def _train(settings: Settings, path: Path) -> Path:
@@ -49,7 +65,7 @@ def _train(settings: Settings, path: Path) -> Path:
         seed=settings.target.seed,
     )  # fmt: skip
     require_writable(path.parent)
-    checkpoint = path.with_name("round.safetensors")
+    checkpoint = path.with_name(CHECKPOINT)
     if settings.force:
         checkpoint.unlink(missing_ok=True)
     log.info(
