@@ -225,9 +225,10 @@ def test_sums_of_pixels_and_averages(construction, bound, first):
 def test_the_batched_kernel_serves_with_a_bound(construction, monkeypatch):
     """As on a GPU, where matrices of two types are not multiplied."""
     monkeypatch.setattr(feedback, "choose", _batched)
-    how = {"construction": construction, "base_set_size": 12, "selection": "feedback", "calibration": images(32, 8)}
-    ticket = construct(small_resnet("sigmoid"), feedback=replace(FEW, bound=0.05), **how)
-    found = verify(ticket, small_resnet("sigmoid"), images(32, 8))
+    model, shown = small_cnn("sigmoid"), images(16)
+    how = {"construction": construction, "base_set_size": 12, "selection": "feedback", "calibration": shown}
+    ticket = construct(model, feedback=replace(FEW, bound=0.05, sweeps=1), **how)
+    found = verify(ticket, model, shown)
     assert found.violations == ()
     assert 0 < found.max_parameter_error <= 0.05
 

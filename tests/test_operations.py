@@ -1,5 +1,6 @@
 """What the operations compute does not depend on the device, or on how it is computed there."""
 
+import os
 import subprocess
 import sys
 
@@ -58,28 +59,38 @@ SET = [
     "torch.backends.fp32_precision = 'tf32'",
 ]  # fmt: skip
 CHECK = """
+import os
+import sys
 import torch
 from torch.backends import cudnn
-{set}
 from ltx.precision import CONVOLUTIONS, PRODUCTS, EXACT, TF32, float32
+
 def read():
     return [setting.read() for setting in (*CONVOLUTIONS, *PRODUCTS)]
-before = read()
-with float32(CONVOLUTIONS), float32(PRODUCTS):
-    assert set(read()) <= {{EXACT, "highest"}}
-    with float32(CONVOLUTIONS, TF32):
-        assert read()[0] == TF32
-    assert read()[0] == EXACT
-assert read() == before
+
+for how in sys.argv[1:]:
+    child = os.fork()  # what is set is that of the process
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, how
+        continue
+    exec(how)
+    before = read()
+    with float32(CONVOLUTIONS), float32(PRODUCTS):
+        assert set(read()) <= {EXACT, "highest"}
+        with float32(CONVOLUTIONS, TF32):
+            assert read()[0] == TF32
+        assert read()[0] == EXACT
+    assert read() == before
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize("how", SET)
-def test_precision_is_set_back_however_it_was_set(how):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_precision_is_set_back_however_it_was_set():
     """By the newer names or the older ones, of which PyTorch refuses to read one behind the other."""
-    if "fp32_precision" in how and not hasattr(torch.backends.cudnn, "conv"):
-        pytest.skip("a setting of PyTorch 2.9")
-    command = [sys.executable, "-W", "ignore", "-c", CHECK.format(set=how)]
+    newer = hasattr(torch.backends.cudnn, "conv")  # PyTorch 2.9
+    settings = [how for how in SET if newer or "fp32_precision" not in how]
+    command = [sys.executable, "-W", "ignore", "-c", CHECK, *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

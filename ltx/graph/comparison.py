@@ -37,7 +37,9 @@ def require_same_outputs(model: nn.Module, graph: Graph, images: Tensor) -> None
             f"the network {name} takes images {tuple(images.shape[1:])}, but not what torch.fx has traced of it "
             f"({reason}); let nothing in forward depend on the size of the image"
         ) from error
-    if theirs.shape != exact.shape:
+    if not isinstance(theirs, Tensor):
+        off = f"a {type(theirs).__name__}, and what torch.fx has traced of it a tensor"
+    elif theirs.shape != exact.shape:
         off = f"{tuple(theirs.shape[1:])} for an image, and what torch.fx has traced of it {tuple(exact.shape[1:])}"
     elif exact.numel() and bool(theirs.isfinite().all() and exact.isfinite().all() and single.isfinite().all()):
         apart, rounding = (float((other.double() - exact).abs().max()) for other in (theirs, single))

@@ -110,7 +110,7 @@ def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Pat
     """How deviation grows through the network, for every m and epsilon that there is; figure and CSV."""
     rows = []
     for account in _entries(_folders(settings), _deviations, settings, digests, any_sums=True):
-        layers = account.pop("layers")
+        layers = account.pop("layers", [])
         rows += [{**account, "position": n, **layer} for n, layer in enumerate(layers, start=1)]
     if rows:
         table = _plain(pd.DataFrame(rows), settings)
@@ -152,19 +152,18 @@ def _entries(
 
     found: dict[tuple, tuple[Path, dict]] = {}
     for folder in sorted(folders):
-        entry = None
         for path in candidates(folder):
             entry = _read(path, ("seed", "base_set_size", "epsilon", *numbers))
-            if entry is not None and wanted(entry):
-                if not _stale(path, entry):
-                    which = tuple(
-                        str(entry[key]) for key in sorted(entry) if key in _WHICH or key.startswith("feedback_")
-                    )
-                    other, _ = found.setdefault(which, (path, entry))
-                    if other != path:
-                        log.info("%s: left out, it is of the same settings and seed as %s", path, other)
-                    break
+            if entry is None or not wanted(entry):
+                continue
+            if _stale(path, entry):
                 log.info("%s: left out, the ticket beside it is another one; run ltx eval again", path)
+                continue
+            which = tuple(str(entry[key]) for key in sorted(entry) if key in _WHICH or key.startswith("feedback_"))
+            other, _ = found.setdefault(which, (path, entry))
+            if other != path:
+                log.info("%s: left out, it is of the same settings and seed as %s", path, other)
+            break
     return [entry for _, entry in found.values()]
 
 
