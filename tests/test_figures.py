@@ -79,14 +79,11 @@ def test_figures_of_a_normal_source(ltx, monkeypatch):
         status, out, _ = ltx("figures", f"law={law}", "m=5", "problems=200", "device=cpu")
         assert status == 0
         for name, its in ((f"figure3{end}", law), (f"figure4{end}", product)):
-            file = Path(out.splitlines()[-1]) / f"{name}.csv"
-            table = pd.read_csv(file, float_precision="round_trip")
+            table = pd.read_csv(Path(out.splitlines()[-1]) / f"{name}.csv")
             assert table.law.tolist() == [its, its]
             for line in table.itertuples():
-                assert (
-                    line.mean_error
-                    == summarise(sample(its, 5, 0.01, selection=line.selection, problems=200)).mean_error
-                )
+                own = summarise(sample(its, 5, 0.01, selection=line.selection, problems=200))
+                assert math.isclose(line.mean_error, own.mean_error, rel_tol=1e-12)  # as older pandas reads it
             assert drawing.LAW_NAMES[its] in drawn[name].get_suptitle()
         panels = drawn[f"failures{end}"].axes
         assert [axes.get_title("left") for axes in panels] == [drawing.LAW_NAMES[law], drawing.LAW_NAMES[product]]
