@@ -32,13 +32,13 @@ def affine(
     if weight.ndim == 2:
         with float32(PRODUCTS):
             return nn.functional.linear(x, weight, bias)
-    if x.dtype == torch.float32 and x.ndim == 4 and min(weight.shape[:2]) >= WIDE and _value_alone(x, weight):
+    if x.dtype == torch.float32 and x.ndim == 4 and min(weight.shape[:2]) >= WIDE and value_alone(x, weight):
         return _in_two(x, weight, bias, *how)
     with float32(CONVOLUTIONS):
         return nn.functional.conv2d(x, weight, bias, *how)
 
 
-def _value_alone(*tensors: Tensor) -> bool:
+def value_alone(*tensors: Tensor) -> bool:
     """Whether nothing but numbers is asked of an operation: no derivative, no trace, no batch of `torch.func`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False

@@ -13,10 +13,10 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ltx.compiled import compiled
+from ltx.operations import value_alone
 from ltx.source import SourceLayer
 
 SPARSE_BELOW = 0.25  # density under which it beats the dense convolution on a CPU
@@ -105,15 +105,11 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SourceLayer) -
 
 def _value_alone(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether these are numbers in memory, and nothing but an output in float32 is asked of them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode():  # type: ignore[attr-defined]
+    if not value_alone(x, weight, bias) or _get_current_dispatch_mode():
         return False
-    if weight.requires_grad or bias.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
-        return False  # fused optimisers change parameters uncounted
-    return not weight.is_inference() and all(  # nor are changes of inference tensors counted
-        t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t)
-        and forward_ad.unpack_dual(t).tangent is None
-        for t in (x, weight, bias)
-    )  # fmt: skip
+    if weight.requires_grad or bias.requires_grad or weight.is_inference():
+        return False  # changes of inference tensors are not counted, nor those by fused optimisers
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t) for t in (x, weight, bias))
 
 
 def _in_memory(tensor: Tensor) -> bool:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, SMOKE, last_line, one_line, small_cnn
 
-from ltx import Ticket, cli, data, evaluation
-from ltx.files import read_tensors, write_tensors
+from ltx import Ticket, cli, data
+from ltx.files import read_tensors
 from ltx.help import PLAIN, SETTINGS
 from ltx.tasks import subset_sum
 
@@ -254,25 +254,6 @@ def test_tickets_side_by_side_in_a_folder(outputs, ltx, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_outputs_that_are_not_finite(outputs, ltx, tmp_path, monkeypatch):
-    tensors, said = read_tensors(next(outputs.glob("targets/*/target.safetensors")))
-    write_tensors(tmp_path / "large.safetensors", tensors | {"5.weight": tensors["5.weight"] * 1e38}, said)
-    given = (*SMOKE, f"target.checkpoint={tmp_path / 'large.safetensors'}")
-    assert ltx("construct", *given)[0] == 0
-    status, _, err = ltx("eval", *given)
-    assert (status, "of 360 test images are not finite" in one_line(err)) == (1, True)
-    plain = evaluation.outputs
-    monkeypatch.setattr(
-        evaluation, "outputs", lambda *args, **how: plain(*args, **how).fill_(torch.nan)
-    )  # the ticket's
-    ticket = last_line(ltx("construct", *SMOKE, "seed=5", f"output_dir={outputs}")[1])
-    status, out, _ = ltx("eval", str(ticket), f"output_dir={outputs}")
-    assert status == 0
-    found = json.loads(last_line(out).read_text())
-    assert (found["ticket_accuracy"], found["agreement"], found["max_deviation"]) == (0, 0, None)
-    shutil.rmtree(ticket.parent)
-
-
 def test_eval_of_a_fixed_random_subset(outputs, ltx):
     status, out, err = ltx("eval", *SMOKE, "limit=100", output_dir=outputs)
     assert status == 0
@@ -293,20 +274,6 @@ def test_layers_without_a_weight_above_epsilon_are_named(how, head, outputs, ltx
         assert status == 0
         assert ("up to which parameters are dropped" in err) == bool(dropped)
         assert not dropped or f"no weight of {', '.join(dropped)} exceeds epsilon=" in err
-
-
-def test_tables_say_which_results_they_leave_out(outputs, ltx, tmp_path):
-    shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
-    again = f"output_dir={tmp_path / 'again'}"
-    for seed, limit in ((1, "null"), (2, "50")):
-        for command in ("construct", "eval"):
-            assert ltx(command, *SMOKE, f"seed={seed}", f"limit={limit}", again)[0] == 0
-    left = "Results on another number of images than most of their row, left out: 1."
-    for limit, out in (("null", False), ("50", True)):
-        status, _, err = ltx("tables", *SMOKE, f"limit={limit}", again)
-        assert (status, left in err) == (0, out)
-        for number in (1, 2):
-            assert (left in (tmp_path / f"again/tables/table{number}-digits.md").read_text()) == out
 
 
 # strict, and as Python has it in the C locale
@@ -412,33 +379,3 @@ def test_environment_is_left_as_it_was(ltx, monkeypatch):
     before = dict(os.environ)
     ltx("construct", "m=0")
     assert dict(os.environ) == before
-
-
-def test_tables_of_another_scaling_have_names_of_their_own(outputs, ltx):
-    given = ("target=digits", "protocol=smoke", "construction=L+1", "scaling=layer_max")
-    for command in ("construct", "eval", "tables"):
-        assert ltx(command, *given, output_dir=outputs)[0] == 0
-    page = (outputs / "tables" / "table1-digits-layer_max.md").read_text()
-    assert "head: keep, scaling: layer_max;" in page
-    assert ltx("tables", *given[:3], output_dir=outputs)[0] == 0
-    assert "scaling" not in (outputs / "tables" / "table1-digits.md").read_text()
-
-
-def test_tables_say_what_could_not_be_constructed(outputs, ltx):
-    settings = ("target=digits", "protocol=smoke", "epsilon=0.002", "m=9", "construction=2L")
-    assert ltx("construct", *settings, "seed=5", output_dir=outputs)[0] == 1
-    assert ltx("tables", *settings, output_dir=outputs)[0] == 1  # no result at all
-    done = ("target=digits", "protocol=smoke", "epsilon=0.002", "m=14", "construction=L+1")
-    for command in ("construct", "eval"):
-        assert ltx(command, *done, output_dir=outputs)[0] == 0
-    failure = next(outputs.glob("tickets/*/2L-m9*/failure.json"))
-    assert "none of" in json.loads(failure.read_text())["error"]
-    said = json.loads(failure.read_text()) | {"base_set_size": 14}
-    elsewhere = outputs / "tickets" / "digits" / "failed" / "failure.json"
-    elsewhere.parent.mkdir(parents=True)
-    elsewhere.write_text(json.dumps(said))
-    assert ltx("tables", *done, output_dir=outputs)[0] == 0
-    assert (
-        "Not constructed, and not in the means: ReLU, 2L, seed 5 (layer"
-        in (outputs / "tables" / "table1-digits-m14-eps0.002.md").read_text()
-    )

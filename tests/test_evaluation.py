@@ -1,11 +1,17 @@
 """Accuracies, agreement and deviation by hand; models are left as they are."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from conftest import SMOKE, last_line, one_line
 from torch import nn
 
+from ltx import evaluation
 from ltx.data import Split
 from ltx.evaluation import accuracy, compare, outputs
+from ltx.files import read_tensors, write_tensors
 
 
 class Scaled(nn.Module):
@@ -60,3 +66,22 @@ def test_less_at_a_time_where_memory_is_short():
 
     assert torch.equal(outputs(Wide(), split(100).images, batch_size=100), split(100).images.flatten(1))
     assert asked == [100, 50, 25, 25, 25, 25]
+
+
+def test_outputs_that_are_not_finite(outputs, ltx, tmp_path, monkeypatch):
+    tensors, said = read_tensors(next(outputs.glob("targets/*/target.safetensors")))
+    write_tensors(tmp_path / "large.safetensors", tensors | {"5.weight": tensors["5.weight"] * 1e38}, said)
+    given = (*SMOKE, f"target.checkpoint={tmp_path / 'large.safetensors'}")
+    assert ltx("construct", *given)[0] == 0
+    status, _, err = ltx("eval", *given)
+    assert (status, "of 360 test images are not finite" in one_line(err)) == (1, True)
+    plain = evaluation.outputs
+    monkeypatch.setattr(
+        evaluation, "outputs", lambda *args, **how: plain(*args, **how).fill_(torch.nan)
+    )  # the ticket's
+    ticket = last_line(ltx("construct", *SMOKE, "seed=5", f"output_dir={outputs}")[1])
+    status, out, _ = ltx("eval", str(ticket), f"output_dir={outputs}")
+    assert status == 0
+    found = json.loads(last_line(out).read_text())
+    assert (found["ticket_accuracy"], found["agreement"], found["max_deviation"]) == (0, 0, None)
+    shutil.rmtree(ticket.parent)

@@ -216,3 +216,47 @@ def test_tables_say_that_a_target_is_damaged(outputs, ltx, tmp_path):
     damaged.write_bytes(b"hello")
     status, _, err = ltx("tables", *SMOKE)
     assert (status, f"{damaged}: " in err, "its results are left out" in err) == (0, True, True)
+
+
+def test_tables_say_which_results_they_leave_out(outputs, ltx, tmp_path):
+    shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
+    again = f"output_dir={tmp_path / 'again'}"
+    for seed, limit in ((1, "null"), (2, "50")):
+        for command in ("construct", "eval"):
+            assert ltx(command, *SMOKE, f"seed={seed}", f"limit={limit}", again)[0] == 0
+    left = "Results on another number of images than most of their row, left out: 1."
+    for limit, out in (("null", False), ("50", True)):
+        status, _, err = ltx("tables", *SMOKE, f"limit={limit}", again)
+        assert (status, left in err) == (0, out)
+        for number in (1, 2):
+            assert (left in (tmp_path / f"again/tables/table{number}-digits.md").read_text()) == out
+
+
+def test_tables_of_another_scaling_have_names_of_their_own(outputs, ltx):
+    given = ("target=digits", "protocol=smoke", "construction=L+1", "scaling=layer_max")
+    for command in ("construct", "eval", "tables"):
+        assert ltx(command, *given, output_dir=outputs)[0] == 0
+    page = (outputs / "tables" / "table1-digits-layer_max.md").read_text()
+    assert "head: keep, scaling: layer_max;" in page
+    assert ltx("tables", *given[:3], output_dir=outputs)[0] == 0
+    assert "scaling" not in (outputs / "tables" / "table1-digits.md").read_text()
+
+
+def test_tables_say_what_could_not_be_constructed(outputs, ltx):
+    settings = ("target=digits", "protocol=smoke", "epsilon=0.002", "m=9", "construction=2L")
+    assert ltx("construct", *settings, "seed=5", output_dir=outputs)[0] == 1
+    assert ltx("tables", *settings, output_dir=outputs)[0] == 1  # no result at all
+    done = ("target=digits", "protocol=smoke", "epsilon=0.002", "m=14", "construction=L+1")
+    for command in ("construct", "eval"):
+        assert ltx(command, *done, output_dir=outputs)[0] == 0
+    failure = next(outputs.glob("tickets/*/2L-m9*/failure.json"))
+    assert "none of" in json.loads(failure.read_text())["error"]
+    said = json.loads(failure.read_text()) | {"base_set_size": 14}
+    elsewhere = outputs / "tickets" / "digits" / "failed" / "failure.json"
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text(json.dumps(said))
+    assert ltx("tables", *done, output_dir=outputs)[0] == 0
+    assert (
+        "Not constructed, and not in the means: ReLU, 2L, seed 5 (layer"
+        in (outputs / "tables" / "table1-digits-m14-eps0.002.md").read_text()
+    )

@@ -61,7 +61,7 @@ def run(settings: Settings) -> Path:
         how = made_with(path, ticket)
         candidate = partial(_explicit, path, ticket, target, how, device)
         made = scaling_of(how)
-    result_path = beside(path, "result" + _of_limit(settings))
+    result_path = _file(path, "result", settings)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data, **made}):
         log.info("%s: there already; force=true evaluates again", result_path)
@@ -75,8 +75,9 @@ def beside(path: Path, name: str) -> Path:
     return path.with_name(name if path.stem in ("ticket", "sampled") else f"{path.stem}.{name}")
 
 
-def _of_limit(settings: Settings) -> str:
-    return ".json" if settings.limit is None else f"-limit{settings.limit}.json"
+def _file(path: Path, kind: str, settings: Settings) -> Path:
+    """Where the result of a ticket is written, or its deviation."""
+    return beside(path, kind + ("" if settings.limit is None else f"-limit{settings.limit}") + ".json")
 
 
 def _evaluate(candidate: _Candidate, settings: Settings, path: Path, digest: str, device: str) -> Path:
@@ -101,10 +102,10 @@ def _evaluate(candidate: _Candidate, settings: Settings, path: Path, digest: str
     images = min(DEVIATION_IMAGES, len(split))
     about = {key: value for key, value in result.items() if key in _ABOUT or key.startswith("feedback_")}
     write_json(
-        beside(path, "deviation" + _of_limit(settings)),
+        _file(path, "deviation", settings),
         with_null({**about, "images": images, "layers": [asdict(d) for d in found]}),
     )
-    result_path = beside(path, "result" + _of_limit(settings))
+    result_path = _file(path, "result", settings)
     write_json(result_path, with_null(result))
     log.info(
         "%s, %s, seed %d: ticket %.2f %%, target %.2f %% of %d test images, agreement %.2f %%; %.1f s",
