@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from ltx.data import Split
 from ltx.defaults import usual_defaults
+from ltx.errors import LtxError
 from ltx.memory import keep_freed_memory
 from ltx.precision import CONVOLUTIONS, float32
+
+NO_CLASS = -1
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,26 @@ class Comparison:
 
 @usual_defaults()
 def compare(theirs: Tensor, ticket: nn.Module, split: Split) -> Comparison:
-    """Run a ticket on all images of a split, on their device, beside the target's `outputs` for them."""
+    """Run a ticket on all images of a split, on their device, beside the target's `outputs` for them.
+
+    Raises:
+        LtxError: the ticket's outputs have another shape than `theirs`, or the labels are not (N,).
+    """
     small = 32 if split.images.device.type == "cpu" else 500  # a ticket is wide: keep its tensors in the cache
     ours = outputs(ticket, split.images, batch_size=small)
+    if ours.shape != theirs.shape:
+        raise LtxError(f"the ticket's outputs are {tuple(ours.shape)}, the target's {tuple(theirs.shape)}")
+    classes = theirs.argmax(1).where(~theirs.isnan().any(1), NO_CLASS)
     return Comparison(
         percent_right(theirs, split.labels), percent_right(ours, split.labels),
-        percent_right(ours, theirs.argmax(1)), float((ours - theirs).abs().max()),
+        percent_right(ours, classes), float((ours - theirs).abs().max()),
     )  # fmt: skip
 
 
 @usual_defaults()
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
-    """The model's outputs in eval mode and float32, (N, classes), on the images' device.
+    """The model's outputs in eval mode, (N, classes), on the images' device and of their type.
 
     The process keeps the memory that it frees from here on (`ltx.memory`).
     """
@@ -72,5 +82,11 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 def percent_right(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest output is the label's, in percent; a row with NaN is of no class."""
+    """Share of rows (N, classes) whose largest output is the label's (N,), in percent; a row with NaN is of no class.
+
+    Raises:
+        LtxError: other shapes, which PyTorch would compare each with each.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise LtxError(f"labels of shape {tuple(labels.shape)} for outputs of {tuple(logits.shape)}: must be (N,)")
     return 100.0 * float(((logits.argmax(1) == labels) & ~logits.isnan().any(1)).double().mean())

@@ -20,7 +20,8 @@ class TicketNetwork(nn.Module):
     Rows that nothing reads are left out; what is read has exactly the source's values, in buffers of its own, which may
     be changed. Convolutions are dense on a GPU, and on a CPU sparse where that is faster and nothing but a value is
     asked for: with gradients, tangents, `torch.func`, `torch.compile` and exporters they are dense. Entries that were
-    zero are noticed by the sparse ones unless they are written past PyTorch, in place (`.data`, NumPy).
+    zero are noticed by the sparse ones unless they are written past PyTorch's count of changes, in place (`.data`,
+    NumPy, DLPack, storages). NaN or infinity in a channel that no kept entry reads is not read: dense, 0 NaN is NaN.
     """
 
     @usual_defaults()
@@ -142,6 +143,8 @@ class TicketNetwork(nn.Module):
         if node.op == "given":
             return operations.affine(x, weight, bias)
         layer = self._layers[node.attributes["layer"]]
+        if weight.requires_grad and node.name in self._sparse:  # trained, maybe by a fused optimiser, then frozen
+            del self._sparse[node.name]
         if not self._dense and serves(x, weight, bias, layer):
             known = self._sparse.get(node.name)
             if known is None or not known.are_of(weight):

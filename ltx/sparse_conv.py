@@ -118,7 +118,7 @@ def _in_memory(tensor: Tensor) -> bool:
         return False
     try:
         tensor.detach().numpy()
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # TypeError: of another layout
         return False
     return True
 

@@ -170,6 +170,8 @@ class Ticket:
     def to_module(self, *, device: str = "cpu", dense: bool = False) -> TicketNetwork:
         """The ticket as an nn.Module that needs nothing of the target's code.
 
+        Of a ticket in which `ltx.verify` finds violations it may be another network than the graph's, or an error.
+
         Args:
             dense: never take the sparse convolutions that are faster on a CPU (`ltx.network.TicketNetwork`).
         """
@@ -220,7 +222,7 @@ class Ticket:
             )
         try:
             return cls._parse(metadata, tensors)
-        except (KeyError, ValueError, TypeError, AttributeError, LtxError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, LtxError) as error:
             raise CheckpointError(f"ticket {path}: damaged metadata ({type(error).__name__}: {error})") from error
 
     @classmethod
@@ -262,6 +264,8 @@ def _entry(layer: SourceLayer) -> dict:
 
 def _layer(entry: dict, law: str) -> SourceLayer:
     """A layer from its JSON; TypeError where a value is of another type than its field."""
+    if _is(entry.get("sigma"), int):
+        entry = {**entry, "sigma": float(entry["sigma"])}
     layer = SourceLayer(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}, law=law)  # type: ignore[arg-type]
     for f in fields(layer):
         value, kind = getattr(layer, f.name), _KINDS[str(f.type)]

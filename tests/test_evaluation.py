@@ -10,6 +10,7 @@ from torch import nn
 
 from ltx import evaluation
 from ltx.data import Split
+from ltx.errors import LtxError
 from ltx.evaluation import accuracy, compare, outputs
 from ltx.files import read_tensors, write_tensors
 
@@ -42,6 +43,22 @@ def test_accuracies_agreement_and_deviation():
     assert found.agreement == pytest.approx(100 / 3)
     assert found.max_deviation == 1.5
     assert compare(outputs(target, shown.images), target, shown).agreement == 100.0
+
+
+def test_a_row_with_nan_is_of_no_class_on_either_side():
+    shown, target = split(8), Scaled()
+    theirs = outputs(target, shown.images)
+    theirs[0, 1] = float("nan")
+    found = compare(theirs, target, shown)
+    assert (found.ticket_accuracy, found.agreement) == (75.0, 87.5)
+
+
+def test_shapes_that_would_be_compared_each_with_each_are_refused():
+    shown, target = split(6), Scaled()
+    with pytest.raises(LtxError, match=r"labels of shape \(6, 1\) for outputs of \(6, 3\): must be \(N,\)"):
+        accuracy(target, Split(shown.images, shown.labels[:, None]))
+    with pytest.raises(LtxError, match=r"the ticket's outputs are \(6, 3\), the target's \(6, 1\)"):
+        compare(torch.zeros(6, 1), target, shown)
 
 
 def test_a_model_runs_in_eval_mode_and_keeps_its_own():

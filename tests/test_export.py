@@ -137,11 +137,20 @@ def test_the_command(ltx, tmp_path):
     export.masked_network(ticket).load_state_dict(state)
     written = path.with_name("ticket.prune.pt")
     assert "there already" in ltx("export", str(path), "format=prune")[2]
-    for damage in (lambda: written.write_bytes(b"half"), lambda: path.with_name("ticket.prune.json").write_text("{}")):
+    whole = written.read_bytes()
+    for damage in (
+        lambda: written.write_bytes(b"half"),
+        lambda: written.write_bytes(bytes(8) + whole[8:]),
+        lambda: path.with_name("ticket.prune.json").write_text("{}"),
+    ):
         damage()
         assert "there already" not in ltx("export", str(path), "format=prune")[2]
         assert torch.load(written, weights_only=True).keys() == state.keys()
     assert "there already" not in ltx("export", str(path), "format=prune", "force=true")[2]
+    shutil.copy(path, path.with_name("ticket.masks.safetensors"))  # of a ticket called ticket.masks
+    status, _, err = ltx("export", str(path))
+    assert status == 1
+    assert "ticket.masks.safetensors is a ticket" in one_line(err)
     assert ltx("construct", *given, "epsilon=0.02")[0] == 0  # another ticket in the place of this one
     shutil.copy(next(tmp_path.glob("tickets/*/*eps0.02*/ticket.safetensors")), path)
     assert "there already" not in ltx("export", str(path), "format=prune")[2]
@@ -153,6 +162,25 @@ def test_the_command(ltx, tmp_path):
     status, out, err = ltx("export", str(tmp_path / "no"))
     assert (status, out) == (1, "")
     assert "no such file" in one_line(err)
+
+
+@pytest.mark.parametrize("kind", ["masks", "prune"])
+def test_a_full_disk(ltx, tmp_path, kind):
+    resource = pytest.importorskip("resource")
+    given = ["target=digits", "protocol=smoke", "construction=2L"]
+    for command in ("train-target", "construct"):
+        assert ltx(command, *given)[0] == 0
+    path = next(tmp_path.glob("tickets/*/*/ticket.safetensors"))
+    before, limits = set(path.parent.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        status, out, err = ltx("export", str(path), f"format={kind}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status, out) == (1, "")
+    assert "cannot write" in one_line(err.splitlines()[-1])
+    assert "File too large" in err
+    assert set(path.parent.iterdir()) == before
 
 
 def test_onnx_is_of_the_images_of_the_target(ltx, tmp_path, monkeypatch):

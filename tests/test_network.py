@@ -109,6 +109,17 @@ def fused_optimiser(network):
     torch.optim.SGD(trained, lr=0.01, fused=True).step()
 
 
+def frozen_again(network):
+    """A pass before the step, as there always is, sees that the parameters are trained."""
+    floats = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    for buffer in floats:
+        buffer.requires_grad_()
+    network(torch.rand(1, 3, 8, 8))
+    fused_optimiser(network)
+    for buffer in floats:
+        buffer.requires_grad_(False)
+
+
 def channels_last(network):
     network.to(memory_format=torch.channels_last)
     edit(network)
@@ -118,7 +129,7 @@ def channels_last(network):
     "change",
     [
         load, edit, edit_kept_values_past_autograd, edit_in_inference_mode, inference_tensors, there_and_back,
-        another_storage, replaced, replaced_by_parameters, swapped, fused_optimiser, channels_last,
+        another_storage, replaced, replaced_by_parameters, swapped, fused_optimiser, frozen_again, channels_last,
     ],
 )  # fmt: skip
 @torch.no_grad()

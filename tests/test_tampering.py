@@ -58,6 +58,8 @@ def test_tampered_structures_are_found(honest, relu):
         "a stride in the copies": layer(honest, first.name, stride=(2, 2)),
         "padded copies": layer(honest, first.name, padding=(1, 1)),
         "no number as sigma": layer(honest, "2", sigma=float("nan")),
+        "a sigma between two numbers of float32": layer(honest, "2", sigma=honest.layer("2").sigma * (1 + 1e-9)),
+        "a sigma beyond float32": layer(honest, "2", sigma=2.0**200),
         "an unknown role": layer(honest, "2", role="magic"),
         "a label beyond the target": replace(
             honest, slots={**honest.slots, "2": torch.where(honest.slots["2"] == 0, 99, honest.slots["2"])}
@@ -186,7 +188,8 @@ def test_a_bias_is_the_sum_of_what_reads_constants(relu):
     [
         ("layers", lambda n: n[0].update(shape=3)), ("layers", lambda n: n[0].update(shape=[3, "a"])),
         ("layers", lambda n: n[0].update(taps=None)), ("layers", lambda n: n[0].update(stride=1)),
-        ("layers", lambda n: n[0].update(sigma="x")), ("layers", lambda n: n[0].update(bias=1)),
+        ("layers", lambda n: n[0].update(sigma="x")), ("layers", lambda n: n[0].update(sigma=10**400)),
+        ("layers", lambda n: n[0].update(bias=1)),
         ("layers", lambda n: n[0].update(role=["copies"])), ("layers", lambda n: n.append(3)),
         ("graph", lambda n: n[1].update(op=["layer"])), ("graph", lambda n: n[1].update(name=["1"])),
         ("graph", lambda n: n[1].update(inputs="input")), ("graph", lambda n: n[1].update(layer=0)),

@@ -7,14 +7,16 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from ltx import data
+from ltx import __version__, data
 from ltx.config import Settings
+from ltx.errors import LtxError
 from ltx.export import masked_network, onnx, state_dict
-from ltx.files import read_result, replacing, require_writable, write_json, write_tensors
+from ltx.files import read_result, read_tensors, replacing, require_writable, write_json, write_tensors
 from ltx.tasks import provenance
 from ltx.tasks.evaluate import find_ticket, require_valid
-from ltx.ticket import Ticket
+from ltx.ticket import FORMAT, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +28,34 @@ def run(settings: Settings) -> Path:
     written = path.with_name(path.stem + {"masks": ".masks.safetensors", "prune": ".prune.pt", "onnx": ".onnx"}[kind])
     beside = path.with_name(f"{path.stem}.{kind}.json")
     about = {
-        "format": kind, "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "ltx": __version__, "format": kind, "ticket_sha256": _sha256(path),
         "target_sha256": ticket.target_sha256, "seed": ticket.seed, "law": ticket.law,
         "data": (settings.data.name if target is None else target.data) if kind == "onnx" else None,
     }  # fmt: skip
     there = None if settings.force else read_result(beside, about)
-    if there is not None and written.is_file() and written.stat().st_size == there.get("bytes"):
+    if there is not None and written.is_file() and _sha256(written) == there.get("sha256"):
         log.info("%s: there already; force=true writes it again", written)
         return written
+    if kind == "masks" and _is_ticket(written):
+        raise LtxError(f"{written} is a ticket, not an export: rename it, or {path.name}")
     require_valid(path, ticket, target)
     require_writable(written.parent)
     beside.unlink(missing_ok=True)  # of another file than the one that is written now
     _write(ticket, kind, written, about)
-    write_json(beside, {**about, "bytes": written.stat().st_size, **provenance.here()})
+    write_json(beside, {**about, "bytes": written.stat().st_size, "sha256": _sha256(written), **provenance.here()})
     return written
+
+
+def _is_ticket(path: Path) -> bool:
+    try:
+        return read_tensors(path)[1].get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(ticket: Ticket, kind: str, path: Path, about: dict) -> None:
@@ -51,5 +67,10 @@ def _write(ticket: Ticket, kind: str, path: Path, about: dict) -> None:
         said = {key: str(about[key]) for key in ("seed", "law", "ticket_sha256", "target_sha256")}
         write_tensors(path, state_dict(ticket), {"format": "ltx-masks/1", **said})
     else:
-        with replacing(path) as part:
-            torch.save(masked_network(ticket).state_dict(), part)
+        with replacing(path) as part, part.open("wb") as file:
+            try:
+                torch.save(masked_network(ticket).state_dict(), file)
+            except RuntimeError as error:  # PyTorch's of a file that it could not finish
+                if not isinstance(error.__context__, OSError):
+                    raise
+                raise error.__context__ from error

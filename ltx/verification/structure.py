@@ -40,6 +40,8 @@ def structure(ticket: Ticket) -> Iterator[str]:
     for position, layer in enumerate(ticket.layers):
         if not (math.isfinite(layer.sigma) and layer.sigma > 0):
             yield f"layer {layer.name}: sigma {layer.sigma} is not a positive number"
+        elif torch.tensor(layer.sigma).item() != layer.sigma:
+            yield f"layer {layer.name}: sigma {layer.sigma} is not exact in float32"
         if (
             layer.kind not in ("conv", "linear")
             or layer.opposite not in ("none", "rows", "columns")
