@@ -121,7 +121,7 @@ class Interval:
         size = weight.abs()
         terms = size if terms is None else terms
         gamma = (2 * weight[0].numel() + 16) * UNIT
-        slack = gamma * terms.flatten(1).sum(1) * self.magnitude.max() * 2 + TINY
+        slack = 2 * gamma * (terms.flatten(1).sum(1) * self.magnitude.max()) + TINY
         middle = operations.affine(centre[None], weight, None, *how)[0]
         spread = operations.affine(radius[None], size, None, *how)[0]
         return Interval.around(middle, spread + slack.view(-1, *[1] * (middle.ndim - 1)))

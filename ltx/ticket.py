@@ -92,6 +92,13 @@ class Ticket:
         return math.inf if bound is None else float(bound)
 
     @property
+    def largest_subset(self) -> int | None:
+        """How many entries a sum has at most; None: refined feedback, whose entries are of no parameter alone."""
+        if not self.feedback:
+            return self.base_set_size
+        return None if math.isinf(self.within) else int(json.loads(self.feedback)["max_subset"])
+
+    @property
     def parameters(self) -> int:
         """Random parameters that are kept; given ones are not counted."""
         return sum(len(m) for m in (*self.masks.values(), *self.bias_masks.values()))

@@ -174,6 +174,8 @@ def test_pairs_of_smooth_activations_need_a_bound(activation):
         construct(model, feedback=FEW, **how)
     ticket = construct(model, feedback=replace(FEW, bound=0.05), **how)
     assert verify(ticket, model, images(32)).ok
+    fewer = json.dumps({**json.loads(ticket.feedback), "max_subset": 1})
+    assert "has more terms" in str(verify(replace(ticket, feedback=fewer), model, images(32)).violations)
 
 
 @both

@@ -51,6 +51,10 @@ def test_intervals_are_rounded_outwards():
     for value, low, high in zip(exact, found.low.tolist(), found.high.tolist(), strict=True):
         assert low <= value <= high
     assert (found.width < 1e-9).all()
+    weight, low, high = 5.5456e-311, -2.5448e15, 1.2256e149  # a part of the weight alone is no number of float64
+    wide = Interval(*torch.tensor([[low], [high]], dtype=torch.float64))
+    found = wide.affine(torch.tensor([[weight]], dtype=torch.float64))
+    assert Fraction(found.low.item()) <= Fraction(weight) * Fraction(low)
 
 
 @both

@@ -131,6 +131,29 @@ def test_the_command(own, ltx, tmp_path):
     assert ltx("verify", *again)[0] == 0
 
 
+@pytest.mark.parametrize("bound", [None, 0.05])
+def test_a_certificate_with_feedback(own, ltx, tmp_path, bound):
+    given = ["target=digits", f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max",
+             "construction=2L", "selection=feedback", "feedback.images=16", "feedback.samples=100", "feedback.sweeps=1",
+             *([] if bound is None else [f"feedback.bound={bound}", "feedback.max_subset=4"])]  # fmt: skip
+    status, out, err = ltx("construct", *given)
+    assert status == 0, err
+    path = tmp_path / out.splitlines()[-1]
+    for _ in range(2):  # certified, and there already
+        status, out, err = ltx("certify", str(path), *given[:2], "certify.starts=0", "limit=16")
+        assert status == 0, err
+        assert ("its parameters have no bound" in out) == (bound is None)
+    theorem = json.loads(path.with_name("certificate.json").read_text())["theorem"]
+    if bound is None:
+        assert theorem is None
+        return
+    graph = trace(imported(f"{own}:make"))
+    assert theorem == theory.ticket_error(
+        graph, dict.fromkeys(graph.layers, bound), dict.fromkeys(graph.layers, 4), construction="2L", head="construct",
+        scaling="layer_max", input_range=data.dataset_spec("digits").input_range,
+    )  # fmt: skip
+
+
 def test_bounds_are_of_the_network_that_is_approximated(own, ltx):
     """Batch norm is a layer of it, or folded into the convolution."""
     given = ("bounds", "target=digits", f"target.module={own}:normalised", "scaling=layer_max", "m=20")

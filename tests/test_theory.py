@@ -254,8 +254,9 @@ def test_failures_of_arguments_without_meaning(m, epsilon, more, message):
 @pytest.mark.parametrize(
     ("epsilons", "sizes", "message"),
     [
-        ({"0": 0.1, "2": -0.1}, {"0": 9, "2": 9}, "layer 2: epsilon -0.1 must not be negative"),
-        ({"0": math.nan, "2": 0.1}, {"0": 9, "2": 9}, "layer 0: epsilon nan must not be negative"),
+        ({"0": 0.1, "2": -0.1}, {"0": 9, "2": 9}, "layer 2: epsilon -0.1 must be 0 or more, and finite"),
+        ({"0": math.nan, "2": 0.1}, {"0": 9, "2": 9}, "layer 0: epsilon nan must be 0 or more, and finite"),
+        ({"0": math.inf, "2": 0.1}, {"0": 9, "2": 9}, "layer 0: epsilon inf must be 0 or more, and finite"),
         ({"0": 0.1, "2": 0.1}, {"0": 9, "2": 0}, "layer 2: m 0 must be at least 1"),
         ({"0": 0.1}, {"0": 9, "2": 9}, "layer 2: has no epsilon or no m"),
     ],

@@ -70,7 +70,7 @@ def _tex(text: str) -> str:
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
-    """Mean and half width 1.96 s / sqrt(n) of the 95 % interval; NaN for a single value."""
+    """Mean and half width 1.96 s / sqrt(n) of the 95 % interval in the paper's form; NaN for a single value."""
     n = len(values)
     numbers = values.to_numpy(dtype=float)
     return numbers.mean(), 1.96 * numbers.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan

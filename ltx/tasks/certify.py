@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def run(settings: Settings) -> Path:
     there = None if settings.force else read_result(written, about)
     if there is not None:
         log.info("%s: there already; force=true certifies again", written)
-        _print(there)
+        _print(there, ticket)
         return written
     require_valid(path, ticket, target)
     require_writable(written.parent)
@@ -101,7 +102,7 @@ def run(settings: Settings) -> Path:
     save(report.figure(nodes, title), written.with_suffix(""))
     result = with_null(result)
     write_json(written, result)  # behind the figures, so that they are there where it is
-    _print(result)
+    _print(result, ticket)
     return written
 
 
@@ -145,12 +146,10 @@ def _largest(apart: Tensor, images: Tensor, bound: Tensor, ticket: Ticket, graph
 
 
 def _theorem(ticket: Ticket, graph: Graph, *, scaling: str) -> float | None:
-    """What the theorem's argument gives for parameters within epsilon; None for other tickets."""
-    if ticket.feedback:
+    """What the theorem's argument gives for parameters within epsilon, or a bound; None for other tickets."""
+    if ticket.largest_subset is None:
         return None
-    epsilons, sizes = (
-        dict.fromkeys(graph.layers, ticket.epsilon), dict.fromkeys(graph.layers, ticket.base_set_size)
-    )  # fmt: skip
+    epsilons, sizes = dict.fromkeys(graph.layers, ticket.within), dict.fromkeys(graph.layers, ticket.largest_subset)
     head = "keep" if any(node.op == "given" for node in ticket.graph) else "construct"
     return theory.ticket_error(
         graph, epsilons, sizes, construction=ticket.construction, head=head, scaling=scaling, law=ticket.law,
@@ -174,15 +173,15 @@ _TITLES = {
 }  # fmt: skip
 
 
-def _print(result: dict) -> None:
+def _print(result: dict, ticket: Ticket) -> None:
     columns = [name for name in _TITLES if name in result["outputs"][0]]
     table = pd.DataFrame(result["outputs"]).loc[:, columns].rename(columns=_TITLES)
     shown = table.astype(object).map(lambda v: "–" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else v)
     print(f"\n{shown.to_markdown(index=False, disable_numparse=True)}\n")
     said = {name: "nothing, it is too large for float64" if result[name] is None else f"{result[name]:.4g}"
             for name in ("certificate", "plain", "theorem")}  # fmt: skip
-    if result["theorem"] is None and result["selection"] == "feedback":
-        said["theorem"] = "nothing, no parameter is within epsilon"
+    if math.isinf(ticket.within):
+        said["theorem"] = "nothing, its parameters have no bound"
     print(
         f"No output is off by more than {said['certificate']} for any input with elements in "
         f"[{result['input_range'][0]:.4g}, {result['input_range'][1]:.4g}]\n"

@@ -79,7 +79,7 @@ def ticket_error(
     parts = parts_of(graph, joined, construction, kept, input_range, scaling, law)
     for name in parts:
         check(name in epsilons and name in sizes, f"layer {name}: has no epsilon or no m")
-        check(epsilons[name] >= 0, f"layer {name}: epsilon {epsilons[name]:g} must not be negative")
+        check(0 <= epsilons[name] < math.inf, f"layer {name}: epsilon {epsilons[name]:g} must be 0 or more, and finite")
         check(sizes[name] >= 1, f"layer {name}: m {sizes[name]} must be at least 1")
     deviation: dict[str, float] = {}
     for node in graph.nodes:

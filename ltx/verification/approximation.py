@@ -209,8 +209,7 @@ class Approximation:
             return
         sums.index_put_(index, term[into], accumulate=True)
         kept[index] = True
-        if not self.ticket.feedback:  # with it, narrow layers have more slots
-            yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning, sign)
+        yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning, sign)
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
         wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)
@@ -245,16 +244,22 @@ class Approximation:
     def _base_sets(self, node, layer, rows, columns, parameter, meaning, sign) -> Iterator[str]:
         """Sums have no more terms than base sets, and of a channel no more columns are read: m, or m opposites.
 
+        With feedback narrow layers have more slots, and where it has a bound subsets a largest size of their own.
+
         In a pair base sets are of a channel, a position and a sign. Copies of both signs share one where the
         activation's slopes are odd or its offset cancels; elsewhere an input that is not negative needs one sign alone,
         but the construction need not know that it is not.
         """
-        most = self.ticket.base_set_size * (2 if layer.opposite == "columns" else 1)
+        if self.ticket.largest_subset is None:
+            return
+        most = self.ticket.largest_subset * (2 if layer.opposite == "columns" else 1)
         position = self._copied(node).tap if node.inputs[0] in self.copies else torch.zeros_like(meaning)
         size = int(parameter.max()) + 1 if len(parameter) else 1
         terms = torch.bincount((rows * size + parameter) * 2 + (sign[columns] < 0))
         for term in (terms > most).nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}, row {term // (2 * size)}: a sum has more terms than a base set of the ticket"
+        if self.ticket.feedback:
+            return
         read = columns.unique()
         sets, many = torch.stack([meaning[read], sign[read].long(), position[read]]).unique(dim=1, return_counts=True)
         for channel, count in zip(sets[0, many > most][:1].tolist(), many[many > most][:1].tolist(), strict=True):
