@@ -48,7 +48,7 @@ def ascend(
     """
 
     def apart(x: Tensor) -> Tensor:
-        return (ticket(x) - target(x)).flatten(1)
+        return (ticket(x) - target(x.clone())).flatten(1)  # whose first operation may be in place
 
     with eval_mode(ticket), eval_mode(target), _constant(ticket), _constant(target):
         with torch.no_grad():

@@ -56,7 +56,7 @@ def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tenso
     keep_freed_memory()
     with eval_mode(model), float32(CONVOLUTIONS):
         try:
-            return torch.cat([model(batch) for batch in images.split(batch_size)])
+            return torch.cat([model(batch.clone()) for batch in images.split(batch_size)])  # it may be in place
         except torch.OutOfMemoryError:  # a ticket may be wider than the GPU's memory allows
             if batch_size == 1:
                 raise

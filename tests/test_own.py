@@ -5,7 +5,7 @@ import torch
 from conftest import deviation, images
 from torch import nn
 
-from ltx import Feedback, construct, verify
+from ltx import construct, verify
 from ltx.errors import ConstructionError
 from ltx.graph import trace
 
@@ -167,63 +167,6 @@ def test_what_is_refused(make, message):
 def test_what_torch_fx_has_traced_is_traced_again():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 1, 1))
     assert trace(torch.fx.symbolic_trace(model)).digest() == trace(model).digest()
-
-
-class Forgetful(nn.Sequential):
-    """What it computes depends on how often it was called."""
-
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x) if self.calls == 1 else super().forward(x + x)
-
-
-FX = {  # forward sees no torch.Tensor there
-    "what is up to": lambda x: x + x if isinstance(x, torch.Tensor) else x,
-    r"returns \(1, 6, 6\) .*, and what .* \(36,\)": lambda x: x if isinstance(x, torch.Tensor) else x.flatten(1),
-    "returns a tuple, and what torch.fx has traced": lambda x: (x,) if isinstance(x, torch.Tensor) else x,
-    "but not what torch.fx has traced": lambda x: x.flatten(1) if isinstance(x, torch.Tensor) else (
-        nn.functional.max_pool2d(x, 9)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", FX)
-def test_what_torch_fx_does_not_see_is_found_on_images(message):
-    model = Outputs(FX[message])
-    trace(model)
-    trace(model, torch.zeros(1, 3, 6, 6))  # which it does not take
-    with pytest.raises(ConstructionError, match=f"the network Outputs .*{message}"):
-        trace(model, images(2))
-
-
-def test_construct_and_verify_compare_the_network_with_what_was_traced():
-    shown, few = images(16), Feedback(samples=100)
-    how = {"construction": "2L", "head": "construct", "base_set_size": 10}
-    layers = (nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3))
-    with pytest.raises(ConstructionError, match=r"the network Forgetful returns what .*from one call to the next"):
-        construct(Forgetful(*layers), selection="feedback", calibration=shown, feedback=few, **how)
-    ticket = construct(Forgetful(*layers), **how)  # without images nobody knows
-    assert verify(ticket, Forgetful(*layers)).ok
-    with pytest.raises(ConstructionError, match="keep nothing from one call to the next"):
-        verify(ticket, Forgetful(*layers), shown)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
-def test_networks_of_any_size_are_what_was_traced(scale):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Conv2d(1 if n == 0 else 8, 8, 3, padding=1), nn.Tanh()) for n in range(12)), nn.Flatten()
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale)
-    for shown in (images(9), images(9).double()):
-        trace(model, shown)
-    trace(model.double(), images(9))
-    head = nn.Linear(36, 1)
-    head.weight, head.bias = nn.Parameter(torch.empty(0, 36)), nn.Parameter(torch.empty(0))
-    trace(nn.Sequential(nn.Flatten(), head), images(9))
 
 
 def test_images_of_many_sizes():

@@ -10,6 +10,7 @@ from conftest import one_line
 from torch.nn.utils import prune
 
 from ltx import data, theory
+from ltx.errors import ConstructionError
 from ltx.graph import fold_batch_norm, trace
 from ltx.targets import imported
 from ltx.ticket import Ticket
@@ -194,6 +195,12 @@ def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
     status, out, err = ltx("construct", *given)
     assert status == 0, err
     ticket = Ticket.load(tmp_path / out.splitlines()[-1])
+    if kind == "masks":  # which forward does not apply
+        with pytest.raises(ConstructionError, match=r"module '0' \(Conv2d\): its buffer weight_mask is not applied"):
+            trace(whole)
+        with torch.no_grad():
+            for n in (0, 5, 9):
+                model[n].weight.mul_(model[n].weight_mask)
     assert ticket.target_sha256 == trace(whole).digest()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -21,7 +23,7 @@ def batch_norm(name: str, module: nn.BatchNorm2d | nn.BatchNorm1d) -> BatchNorm:
         variance = module.running_var.double().cpu() + module.eps
         gamma, beta = (
             torch.full_like(variance, value) if getattr(module, part) is None
-            else _masked(module, part).detach().double().cpu()
+            else _masked(name, module, part).detach().double().cpu()
             for part, value in (("weight", 1.0), ("bias", 0.0))
         )  # fmt: skip
         scale = gamma / variance.sqrt()
@@ -53,13 +55,17 @@ def linear(name: str, module: nn.Linear) -> Layer:
 
 def _parameters(name: str, module: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias in force: of a plain layer, one with `weight_mask` buffers, or torch.nn.utils.prune's."""
-    _require_real(name, module, module.weight)
+    for tensor in (module.weight, module.bias):
+        if tensor is not None:
+            _require_real(name, module, tensor)
     with torch.no_grad():
-        weight = _in_force(module, "weight")
-        bias = torch.zeros(len(weight)) if module.bias is None else _in_force(module, "bias")
+        weight = _in_force(name, module, "weight")
+        bias = torch.zeros(len(weight)) if module.bias is None else _in_force(name, module, "bias")
     for part, tensor in (("weight", weight), ("bias", bias)):
         if not torch.isfinite(tensor).all():
             raise refuse(name, type(module).__name__, f"its {part} has NaN or infinite entries")
+    if bias.shape != weight.shape[:1]:
+        raise refuse(name, type(module).__name__, f"its bias is {tuple(bias.shape)}, its weight {tuple(weight.shape)}")
     return weight, bias
 
 
@@ -87,8 +93,16 @@ def require_its_own_computation(name: str, module: nn.Module) -> None:
 def require_no_hooks(name: str, module: nn.Module) -> None:
     """Refuse hooks besides those of torch.nn.utils.prune, whose masks are looked at."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if any(not isinstance(hook, prune.BasePruningMethod) for hook in hooks):
+    if any(not _is_usual_pruning(hook) for hook in hooks):
         raise refuse(name, type(module).__name__, "hooks may change what it computes; remove them")
+
+
+def _is_usual_pruning(hook: object) -> bool:
+    """Whether it is one of torch.nn.utils.prune's and multiplies by its mask."""
+    usual = prune.BasePruningMethod
+    if not isinstance(hook, usual):
+        return False
+    return type(hook).apply_mask is usual.apply_mask and type(hook).__call__ is usual.__call__
 
 
 def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
@@ -99,20 +113,29 @@ def _require_real(name: str, module: nn.Module, tensor: Tensor) -> None:
         raise refuse(name, type(module).__name__, f"has {kind} parameters, ltx takes float32; call model.float()")
 
 
-def _masked(module: nn.Module, part: str) -> Tensor:
-    parameter = getattr(module, f"{part}_orig", getattr(module, part))
-    mask = getattr(module, f"{part}_mask", None)
-    return parameter if mask is None else parameter * mask
+def _masked(name: str, module: nn.Module, part: str) -> Tensor:
+    """The parameter in force: times the mask of a masked layer, or of the pruning that a hook applies."""
+    parameter, mask = getattr(module, part), getattr(module, f"{part}_mask", None)
+    if any(getattr(hook, "_tensor_name", None) == part for hook in module._forward_pre_hooks.values()):
+        return getattr(module, f"{part}_orig") * mask
+    if mask is None or isinstance(module, MaskedConv2d | MaskedLinear):
+        return parameter if mask is None else parameter * mask
+    if not torch.equal(parameter * mask, parameter):
+        why = f"its buffer {part}_mask is not applied by its forward; multiply it into the {part}"
+        raise refuse(name, type(module).__name__, why)
+    return parameter
 
 
-def _in_force(module: nn.Module, part: str) -> Tensor:
-    tensor = _masked(module, part)
+def _in_force(name: str, module: nn.Module, part: str) -> Tensor:
+    tensor = _masked(name, module, part)
     # + 0.0 turns the -0.0 of a masked parameter into 0.0, so that the digest depends on values alone
     return tensor.detach().float().cpu().clone(memory_format=torch.contiguous_format) + 0.0
 
 
 def pair(value) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    """Of one number, or one or two of them."""
+    numbers = [operator.index(each) for each in (value if isinstance(value, tuple | list) else [value])]
+    return numbers[0], numbers[-1]
 
 
 def refuse(name: str, what: str, why: str) -> ConstructionError:

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from ltx.activations import FAMILIES, Activation, Family
 from ltx.defaults import usual_defaults
-from ltx.errors import ConstructionError, LtxError
+from ltx.errors import ConstructionError
 from ltx.evaluation import eval_mode
 from ltx.graph.comparison import require_same_outputs
-from ltx.graph.concatenation import CONCATENATION, take_apart
+from ltx.graph.concatenation import take_apart
+from ltx.graph.conversion import converted, in_place, sides
 from ltx.graph.nodes import Graph, Node, leading_to
-from ltx.graph.parameters import (
-    batch_norm,
-    convolution,
-    linear,
-    pair,
-    refuse,
-    require_its_own_computation,
-    require_no_hooks,
-)
-
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
+from ltx.graph.parameters import refuse, require_its_own_computation, require_no_hooks
 
 _LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
@@ -62,28 +50,43 @@ def trace(model: nn.Module | Graph, images: Tensor | None = None) -> Graph:
 
     What torch.compile or DataParallel has wrapped is traced without. A graph is what it is.
 
+    Network and graph are compared, since torch.fx does not see what forward does to real tensors alone.
+
     Args:
-        images: (n, C, H, W), on the first of which the network and the graph are compared, where it can take them.
+        images: (n, C, H, W), on the first of which they are; on noise, of sides that are tried, where it is left out or
+            the network cannot take them.
 
     Raises:
         ConstructionError: what cannot be traced or has no meaning here, naming the module and the reason; or a network
-            that computes something else on the images.
+            that computes something else on images.
     """
     if isinstance(model, Graph):
         return model
-    wrapped, model = model, getattr(model, "_orig_mod", model)
-    model = model.module if isinstance(model, _PARALLEL) else model
     if not isinstance(model, nn.Module):
         raise ConstructionError(f"a {type(model).__name__} is no torch.nn.Module; give the network itself")
-    require_no_hooks("", wrapped)
+    try:
+        list(model.modules())
+    except AttributeError:
+        raise refuse("", type(model).__name__, "it or a module in it does not call super().__init__()") from None
+    require_no_hooks("", model)
+    model = _unwrapped(model)
+    require_no_hooks("", model)
     require_its_own_computation("", model)  # torch.fx sees what is on modules within, not on this one nor on leaves
     if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
         raise refuse("", type(model).__name__, "has a __call__ of its own; say in forward what it computes")
-    with eval_mode(model):  # parametrizations compute parameters from the mode
+    with eval_mode(model), torch.no_grad():  # parametrizations compute parameters from the mode
         graph = _trace(model)
-        if images is not None:
-            require_same_outputs(model, graph, images)
+        require_same_outputs(model, graph, images)
     return graph
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile's and PyTorch's own parallel modules, and nobody's subclasses of them, pass images on to."""
+    if type(model).__name__ == "OptimizedModule" and type(model).__module__.startswith("torch._dynamo"):
+        return _unwrapped(model._orig_mod)  # type: ignore[arg-type]
+    if type(model) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)  # type: ignore[arg-type]
+    return model
 
 
 def _trace(model: nn.Module) -> Graph:
@@ -102,25 +105,28 @@ def _trace(model: nn.Module) -> Graph:
     alias: dict[str | None, str] = {}  # nodes that do nothing in eval mode -> their input
     memory: dict[str, str] = {}  # node -> the node whose tensor it is a view of
     overwritten: dict[str, str] = {}  # node -> what has changed its tensor in place
+    layers: set[str] = set()
     _write_out_means(traced)
     for fx_node in traced.nodes:
-        if _sides(fx_node):
+        if sides(fx_node):
             continue  # numbers, by which a view tells how it flattens, or a pool that it is of all of an image
-        inputs = tuple(alias[a.name] for a in _tensors(fx_node) if not _sides(a))
+        inputs = tuple(alias[a.name] for a in _tensors(fx_node) if not sides(a))
         for name in inputs:
             if memory[name] in overwritten:
                 raise refuse(overwritten[memory[name]], "in place", f"changes '{name}', which is read again behind it")
         if fx_node.op != "output" and fx_node.kwargs.get("out") is not None:
             raise refuse(fx_node.name, "out=", "writes over another tensor; let it return its own")
-        node = _convert(model, fx_node, inputs)
-        if _in_place(model, fx_node):
+        node = converted(model, fx_node, inputs)
+        if in_place(model, fx_node):
             overwritten[memory[inputs[0]]] = fx_node.name
         if node is None:
             alias[fx_node.name] = inputs[0]
             continue
         taken = {"input", "output", *(other.name for other in nodes)}
-        if node.layer is not None and node.name in {other.name for other in nodes if other.layer is not None}:
-            raise refuse(node.name, "layer", "used twice; a ticket cannot share the parameters of two places")
+        if node.layer is not None:
+            if node.name in layers:
+                raise refuse(node.name, "layer", "used twice; a ticket cannot share the parameters of two places")
+            layers.add(node.name)
         name = node.name
         while node.op not in ("input", "output") and name in taken:
             name += "_"  # a module that is used twice, or called like another node
@@ -145,7 +151,9 @@ def _write_out_means(traced: fx.Graph) -> None:
         given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False))
         given |= {_NUMPY.get(name, name): value for name, value in node.kwargs.items()}
         dims = given.get("dim")
-        if not isinstance(dims, tuple | list) or sorted(d % 4 for d in dims) != [2, 3]:
+        if not isinstance(dims, tuple | list) or any(type(d) is not int for d in dims):
+            continue
+        if sorted(d % 4 for d in dims) != [2, 3]:
             continue
         if not isinstance(given.get("keepdim", False), bool) or given.keys() - {"input", "dim", "keepdim"}:
             continue
@@ -157,220 +165,9 @@ def _write_out_means(traced: fx.Graph) -> None:
         traced.erase_node(node)
 
 
-def _sides(value: object) -> list[tuple[object, int]]:
-    """The tensors, and which of their up to four dimensions, whose sizes a value holds; none where it is no size."""
-    if isinstance(value, tuple | list):
-        return [side for each in value for side in _sides(each)]
-    if not isinstance(value, fx.Node) or value.op not in ("call_method", "call_function"):
-        return []
-    if value.target is operator.getitem:
-        return _entries(_sides(value.args[0]), value.args[1])
-    if value.target == "size" or (value.target is getattr and value.args[1] == "shape"):
-        which = (*value.args[1:], *value.kwargs.values()) if value.target == "size" else ()
-        return _entries([(value.args[0], dimension) for dimension in range(4)], which[0] if which else slice(None))
-    return []
-
-
-def _entries(sides: list, at: object) -> list:
-    at = slice(at, at + 1 or None) if isinstance(at, int) else at
-    return sides[at] if isinstance(at, slice) else []
-
-
-def _in_place(model: nn.Module, node: fx.Node) -> bool:
-    """Whether an operation overwrites its first input."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        return bool(getattr(module, "inplace", False)) and not isinstance(module, nn.Dropout | nn.Dropout2d)
-    if node.target in _FUNCTIONS:
-        behind = node.args[1 + len(_FUNCTIONS[node.target].parameters) :]  # type: ignore[index]
-        return bool(node.kwargs.get("inplace", behind and behind[0]))
-    return node.target in (operator.iadd, "add_")
-
-
 def _tensors(node: fx.Node) -> list[fx.Node]:
     """The nodes that an operation reads, one that is read twice (x + x) twice."""
     given = (*node.args, *node.kwargs.values())
     every = [a for arg in given for a in (arg if isinstance(arg, list | tuple) else [arg])]
     direct = [a for a in every if isinstance(a, fx.Node)]
     return direct if len(direct) > len(node.all_input_nodes) else node.all_input_nodes
-
-
-def _convert(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node | None:
-    if node.op == "placeholder":
-        return Node("input", "input")
-    if node.op == "output":
-        if len(inputs) != 1 or not isinstance(node.args[0], fx.Node):
-            what = "no tensor" if not inputs else "several tensors" if len(inputs) > 1 else "a collection of tensors"
-            raise ConstructionError(f"the network returns {what}; ltx constructs networks that return one tensor")
-        return Node("output", "output", inputs)
-    if node.op == "call_module":
-        name = str(node.target)
-        return _convert_module(name, model.get_submodule(name), inputs)
-    if node.op in ("call_function", "call_method"):
-        return _convert_function(model, node, inputs)
-    raise refuse(node.name, str(node.target), "parameters used outside a layer are not supported")
-
-
-def _convert_module(name: str, module: nn.Module, inputs: tuple[str, ...]) -> Node | None:
-    require_its_own_computation(name, module)
-    if isinstance(module, nn.Conv2d):
-        return Node(name, "layer", inputs, layer=convolution(name, module))
-    if isinstance(module, nn.Linear):
-        return Node(name, "layer", inputs, layer=linear(name, module))
-    if isinstance(module, _ABSENT):
-        return None
-    if isinstance(module, nn.Flatten):
-        if (module.start_dim, module.end_dim) != (1, -1):
-            raise refuse(name, "Flatten", "only start_dim=1, end_dim=-1 keeps one row per image")
-        return Node(name, "flatten", inputs)
-    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-        return Node(name, "batch_norm", inputs, batch_norm=batch_norm(name, module))
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return _average(name, inputs, module.output_size)
-    if isinstance(module, nn.AvgPool2d):
-        return _avg_pool(name, inputs, vars(module))
-    if isinstance(module, nn.MaxPool2d):
-        if module.return_indices or pair(module.dilation) != (1, 1):
-            raise refuse(name, "MaxPool2d", "return_indices and dilation are not supported")
-        return _max_pool(name, inputs, module.kernel_size, module.stride, module.padding, module.ceil_mode)
-    for family in FAMILIES.values():
-        if type(module) is family.module:
-            values = {parameter: getattr(module, parameter) for parameter in family.parameters}
-            return Node(name, "activation", inputs, activation=_activation(name, family, values))
-    if isinstance(module, nn.Softmax | nn.LogSoftmax):
-        raise refuse(name, type(module).__name__, _LEAVE_OUT)
-    known = (
-        "Conv2d, Linear, BatchNorm1d, BatchNorm2d, Flatten, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Dropout, "
-        + ", ".join(family.module.__name__ for family in FAMILIES.values())
-    )
-    raise refuse(name, type(module).__name__, f"not supported; there are {known}")
-
-
-_ABSENT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
-_LEAVE_OUT = "not supported; let the network return what is in front of it, the classes are the same"
-_DROPOUTS = (nn.functional.dropout, nn.functional.dropout2d, nn.functional.alpha_dropout)
-
-_FUNCTIONS = {
-    function: family
-    for family in FAMILIES.values()
-    for name in family.names
-    for function in (name, getattr(torch, name, name), getattr(nn.functional, name))
-}
-
-
-def _convert_function(model: nn.Module, node: fx.Node, inputs: tuple[str, ...]) -> Node | None:
-    if node.target in _DROPOUTS:
-        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-        if training:
-            raise refuse(node.name, "dropout", "is at work in eval mode too; pass training=self.training")
-        return None
-    if node.target in ("view", "reshape", torch.reshape):
-        shape = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size", ())),)
-        shape = shape[0] if isinstance(shape[0], tuple | list) else shape
-        if len(shape) == 2 and _is_batch_size(shape[0]) and shape[1] == -1:
-            return Node(node.name, "flatten", inputs)
-        if len(shape) == 2 and (_is_batch_size(shape[0]) or shape[0] == -1) and _widths_read(model, node) == [shape[1]]:
-            return Node(node.name, "flatten", inputs)  # of an image of another size the Linear layer complains
-        why = "only view(x.size(0), -1), or view(-1, N) in front of Linear(N, ...), keeps one row per image"
-        raise refuse(node.name, "view", why)
-    if node.target in (nn.functional.max_pool2d, torch.max_pool2d):
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        _require_numbers(node.name, "max_pool2d", given)
-        if given.get("return_indices") or pair(given.get("dilation", 1)) != (1, 1):
-            raise refuse(node.name, "max_pool2d", "return_indices and dilation are not supported")
-        return _max_pool(
-            node.name, inputs, given["kernel_size"], given.get("stride"), given.get("padding", 0),
-            bool(given.get("ceil_mode", False)),
-        )  # fmt: skip
-    if node.target is nn.functional.avg_pool2d:
-        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        image = given.pop("input")
-        if _sides(given["kernel_size"]) == [(image, 2), (image, 3)]:
-            given |= {"kernel_size": None, "stride": None}  # whatever it is, there is one position
-        _require_numbers(node.name, "avg_pool2d", given)
-        return _avg_pool(node.name, inputs, given)
-    if node.target in _FUNCTIONS:
-        family = _FUNCTIONS[node.target]  # type: ignore[index]
-        values = dict(zip(family.parameters, node.args[1:], strict=False)) | {
-            key: value for key, value in node.kwargs.items() if key in family.parameters
-        }  # fmt: skip
-        return Node(node.name, "activation", inputs, activation=_activation(node.name, family, values))
-    if node.target in (torch.flatten, "flatten"):
-        start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-        end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
-        if (start, end) == (1, -1):
-            return Node(node.name, "flatten", inputs)
-    if node.target in ("mean", torch.mean):
-        raise refuse(node.name, "mean", "only over height and width, dimensions 2 and 3, of images")
-    if node.target in _ADDITIONS:
-        numbers = [a for a in node.args if not isinstance(a, fx.Node)]  # torch.add(x, 2, y) is x + 2 y
-        if len(inputs) != 2 or numbers or node.kwargs.get("alpha", 1) != 1:
-            raise refuse(node.name, "add", "only the sum of two streams is supported")
-        return Node(node.name, "add", inputs)
-    if node.target in (torch.cat, torch.concat, torch.concatenate):
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-        if dim not in (1, -3):
-            raise refuse(node.name, "cat", f"along dimension {dim}; only channels, dimension 1, can be concatenated")
-        return Node(node.name, CONCATENATION, inputs) if len(inputs) > 1 else None
-    if node.target is nn.functional.adaptive_avg_pool2d:
-        size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-        _require_numbers(node.name, "adaptive_avg_pool2d", {"output_size": size})
-        return _average(node.name, inputs, size)
-    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    raise refuse(node.name, str(what), _LEAVE_OUT if str(what) in ("softmax", "log_softmax") else "not supported")
-
-
-def _is_batch_size(value: object) -> bool:
-    """Whether it is x.size(0), x.size()[0] or x.shape[0]."""
-    return [dimension for _, dimension in _sides(value)] == [0]
-
-
-def _require_numbers(name: str, what: str, given: Mapping) -> None:
-    if _sides(list(given.values())):
-        why = "sizes of tensors only for an average over all of an image, both sides of it: avg_pool2d(x, x.shape[2:])"
-        raise refuse(name, what, why)
-
-
-def _widths_read(model: nn.Module, node: fx.Node) -> list[int]:
-    """The different `in_features` of the Linear layers that read a tensor, directly or behind other operations."""
-    found: set[int] = set()
-    for user in node.users:
-        module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
-        found.update([module.in_features] if isinstance(module, nn.Linear) else _widths_read(model, user))
-    return sorted(found)
-
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-
-
-def _max_pool(name: str, inputs: tuple[str, ...], kernel, stride, padding, ceil_mode: bool) -> Node:
-    size = pair(kernel)
-    attributes = {"kernel_size": size, "stride": pair(stride or size), "padding": pair(padding)}
-    return Node(name, "max_pool", inputs, attributes=attributes | ({"ceil_mode": True} if ceil_mode else {}))
-
-
-def _avg_pool(name: str, inputs: tuple[str, ...], given: Mapping) -> Node:
-    if given.get("ceil_mode") or pair(given.get("padding", 0)) != (0, 0) or given.get("divisor_override"):
-        raise refuse(name, "AvgPool2d", "ceil_mode, padding and divisor_override are not supported")
-    if given["kernel_size"] is None:
-        return _average(name, inputs, 1)
-    size = pair(given["kernel_size"])
-    attributes = {"kernel_size": size, "stride": pair(given.get("stride") or size)}
-    return Node(name, "avg_pool", inputs, attributes=attributes)
-
-
-def _average(name: str, inputs: tuple[str, ...], size) -> Node:
-    """An average over the whole image, or over as many parts of it as `size` says."""
-    if size in (1, (1, 1), [1, 1]):
-        return Node(name, "avg_pool", inputs, attributes={"kernel_size": None, "stride": None})
-    return Node(name, "adaptive_avg_pool", inputs, attributes={"output_size": pair(size)})
-
-
-def _activation(name: str, family: Family, values: Mapping[str, object]) -> Activation:
-    """The activation of that family with these parameters, the others as usual."""
-    try:
-        return family.make(**values)
-    except LtxError as error:
-        raise refuse(name, family.module.__name__, str(error).partition(": ")[2]) from None

@@ -30,20 +30,22 @@ def imported(name: str) -> nn.Module:
             for part in factory.split("."):
                 make = getattr(make, part)
             made = make()  # type: ignore[operator]
+            if isinstance(made, nn.Module):
+                made.eval()  # which may be the user's own, and return nothing
     except (Exception, SystemExit) as error:  # of the user's code: of any kind
         reason = (str(error).splitlines() or [""])[0]
         raise LtxError(f"target.module={name}: {type(error).__name__}: {reason}") from error
     if not isinstance(made, nn.Module):
         raise LtxError(f"target.module={name}: makes a {type(made).__name__}, not a torch.nn.Module")
-    return made.eval()
+    return made
 
 
 def load_own(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> nn.Module:
     """Load a state dict with the network's keys, masked in any of three ways, into it.
 
-    Masks are the network's own buffers, or the file's: `x.weight_mask` beside `x.weight` (Synaptic-Flow) or beside
-    `x.weight_orig` (torch.nn.utils.prune); their products are loaded where the network has no such buffers. Plain zeros
-    need no mask.
+    Masks are buffers of the network that its layers apply, or the file's: `x.weight_mask` beside `x.weight`
+    (Synaptic-Flow) or beside `x.weight_orig` (torch.nn.utils.prune); their products are loaded where the network has no
+    such buffers. Plain zeros need no mask.
 
     Raises:
         CheckpointError: keys or shapes are not the network's.
@@ -62,4 +64,5 @@ def load_own(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> nn.Modul
     instead = "give a state_dict of the network that target.module makes"
     require_layout(checkpoint.path, state, expected, network=name, instead=instead)
     model.load_state_dict(state)
-    return model.eval()
+    model.eval()
+    return model
