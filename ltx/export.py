@@ -64,6 +64,8 @@ def state_dict(ticket: Ticket) -> dict[str, Tensor]:
 def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
     """Write the ticket as ONNX, for images (N, C, H, W) of that shape, any N; only the channels that are read.
 
+    The same versions of PyTorch and onnxscript make the same bytes of the same ticket, wherever they are installed.
+
     Raises:
         LtxError: the packages that PyTorch's exporter needs are missing, or the ticket cannot take such images.
     """
@@ -86,11 +88,16 @@ def onnx(ticket: Ticket, path: Path, shape: tuple[int, int, int]) -> None:
         raise LtxError(
             f"the ticket cannot take images {shape} ({reason}); give the shape of the images it is for"
         ) from error
+    program = torch.onnx.export(
+        network, (torch.zeros(2, *shape),), input_names=["images"], output_names=["outputs"],
+        dynamic_shapes=({0: torch.export.Dim("images")},), dynamo=True, external_data=False, verbose=False,
+    )  # fmt: skip
+    assert program is not None  # it is where nothing is written
+    for node in program.model.graph.all_nodes():
+        for about in (node, *node.outputs):
+            about.metadata_props.clear()  # where on this machine the exporter's caller lies
     with replacing(path) as part:
-        torch.onnx.export(
-            network, (torch.zeros(2, *shape),), str(part), input_names=["images"], output_names=["outputs"],
-            dynamic_shapes=({0: torch.export.Dim("images")},), dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+        program.save(str(part), external_data=False)
 
 
 def _exponential(phi: Activation, x: Tensor) -> Tensor:

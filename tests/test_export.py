@@ -81,6 +81,7 @@ def test_onnx_computes_the_same(make, size, how, construction, tmp_path):
         with torch.no_grad():
             assert torch.allclose(torch.from_numpy(found), ticket.to_module()(x), atol=1e-4)
     assert [file.name for file in tmp_path.iterdir()] == ["ticket.onnx"]
+    assert b".py" not in (tmp_path / "ticket.onnx").read_bytes()  # no folders of this machine
 
 
 @pytest.mark.slow
