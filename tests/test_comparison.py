@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from ltx import Feedback, construct, evaluation, verify
 from ltx.errors import ConstructionError
 from ltx.graph import trace
+from ltx.graph.comparison import require_same_outputs
 
 
 class Forgetful(nn.Sequential):
@@ -151,6 +152,43 @@ def test_a_network_that_takes_no_image_is_said_not_to_be_compared(caplog):
         with pytest.raises(ConstructionError):
             trace(random_net(lambda s, x: s.a(-x if torch.is_tensor(x) else x), a=nn.Sequential(*layers)))
         assert not caplog.text, channels
+
+
+@pytest.mark.parametrize("shown", [None, images(1), images(8)])
+def test_dead_channels_behind_batch_norm(shown):
+    """Without a variance to divide by their means, rounded, are 300 times as large, and once more behind others."""
+    torch.manual_seed(14)
+    layers, inside = [], 1
+    for outside in (8, 8, 16, 16):
+        layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.BatchNorm2d(outside, momentum=None), nn.ReLU()]
+        inside = outside
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 10))
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.weight.mul_(torch.rand_like(module.weight) < 0.05)
+        for _ in range(3):
+            model(torch.rand(16, 1, 28, 28))
+    graph = trace(model, shown)
+    model.eval()
+    with torch.no_grad():
+        model[-1].bias[0] += 0.01  # which what was traced does not know of
+    with pytest.raises(ConstructionError, match="what is up to"):
+        require_same_outputs(model, graph, shown)
+
+
+@pytest.mark.parametrize(
+    "shown", [torch.tensor(1.0), torch.zeros(0, 1, 6, 6), images(2).to_sparse(), images(2).to("meta"), images(2)[:, 0]]
+)
+def test_noise_in_the_place_of_what_are_no_images(shown):
+    trace(nn.Sequential(nn.Conv2d(1, 2, 3)), shown)
+    with pytest.raises(ConstructionError, match="what is up to"):
+        trace(random_net(lambda s, x: s.a(x + x if torch.is_tensor(x) else x), a=nn.Conv2d(1, 2, 3)), shown)
+
+
+@pytest.mark.parametrize("dropout", [nn.AlphaDropout, nn.Dropout1d, nn.Dropout3d, nn.FeatureAlphaDropout])
+def test_dropout_in_place_does_nothing(dropout):
+    trace(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), dropout(0.5, inplace=True), nn.Conv2d(2, 2, 3)))
 
 
 class Wrapper(nn.Module):

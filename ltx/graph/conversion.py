@@ -252,7 +252,7 @@ def in_place(model: nn.Module, node: fx.Node) -> bool:
     """Whether an operation overwrites its first input."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        return bool(getattr(module, "inplace", False)) and not isinstance(module, nn.Dropout | nn.Dropout2d)
+        return bool(getattr(module, "inplace", False)) and not isinstance(module, _DROPOUT)
     if node.target in _FUNCTIONS:
         behind = node.args[1 + len(_FUNCTIONS[node.target].parameters) :]  # type: ignore[index]
         return bool(node.kwargs.get("inplace", behind and behind[0]))
