@@ -141,6 +141,12 @@ def _canonical(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, types and values, in the order of the names."""
     digest = hashlib.sha256()

@@ -1,10 +1,11 @@
-"""Fixtures: small random targets and problems, the command line in-process, real MNIST where it is."""
+"""Fixtures: small random targets and problems, networks of one's own, the command line in-process, real data."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import os
+import sys
 from pathlib import Path
 
 # Side by side, tests have a thread each, and OpenMP's must not spin while they wait: that takes the cores from the
@@ -173,6 +174,102 @@ def deviation(model: nn.Module, ticket, x: torch.Tensor) -> torch.Tensor:
         found = (model.double()(x.double()) - ticket.to_module().double()(x.double())).abs()
     model.float()
     return found
+
+
+NETWORKS = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.Dropout(), nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = make()
+
+    def forward(self, x):
+        return self.module(x)
+
+def normalised():
+    net = make()
+    with torch.no_grad():
+        for tensor in (net[1].running_var, net[1].weight):
+            tensor.uniform_(0.3, 0.9)
+    return net
+
+def two_functions():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10))
+
+def large():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 10, 8), nn.ReLU(), nn.Flatten(), nn.Linear(10, 10))
+    with torch.no_grad():
+        net[0].weight.uniform_(.1, .9)
+        net[3].weight.uniform_(.1, .9)
+    return net
+
+def constant():
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-20)
+        for tensor in (net[1].running_var, net[1].running_mean, net[1].bias):
+            tensor.uniform_(0.1, 0.9)
+    return net
+
+def attention():
+    return nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2))
+
+def unseeded():
+    torch.seed()
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def number():
+    return 3
+
+def leaves():
+    raise SystemExit(0)
+
+def attention_behind_a_mean():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.attention, self.out = nn.Linear(8, 4), nn.MultiheadAttention(4, 1), nn.Linear(4, 10)
+
+        def forward(self, x):
+            y = self.inside(x)
+            return self.out(self.attention(y, y, y)[0].mean(1))
+
+    return Net()
+
+def empty():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta")
+
+def spatial():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+
+def double():
+    return make().double()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module `nets_NAME` in the working folder; its name."""
+    name = f"nets_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield name
+    sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The commands on a network of the user's own, target.module=PACKAGE.MODULE:FACTORY."""
 
 import json
-import sys
 
 import pandas as pd
 import pytest
@@ -14,101 +13,6 @@ from ltx.errors import ConstructionError
 from ltx.graph import fold_batch_norm, trace
 from ltx.targets import imported
 from ltx.ticket import Ticket
-
-MODULE = """
-import torch
-from torch import nn
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1, ceil_mode=True),
-        nn.Dropout(), nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(),
-        nn.Linear(8, 10),
-    )
-
-class Wrapped(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.module = make()
-
-    def forward(self, x):
-        return self.module(x)
-
-def normalised():
-    net = make()
-    with torch.no_grad():
-        for tensor in (net[1].running_var, net[1].weight):
-            tensor.uniform_(0.3, 0.9)
-    return net
-
-def two_functions():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10))
-
-def large():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 10, 8), nn.ReLU(), nn.Flatten(), nn.Linear(10, 10))
-    with torch.no_grad():
-        net[0].weight.uniform_(.1, .9)
-        net[3].weight.uniform_(.1, .9)
-    return net
-
-def constant():
-    torch.manual_seed(4)
-    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10))
-    with torch.no_grad():
-        net[0].weight.mul_(1e-20)
-        for tensor in (net[1].running_var, net[1].running_mean, net[1].bias):
-            tensor.uniform_(0.1, 0.9)
-    return net
-
-def attention():
-    return nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2))
-
-def unseeded():
-    torch.seed()
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-def number():
-    return 3
-
-def leaves():
-    raise SystemExit(0)
-
-def attention_behind_a_mean():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inside, self.attention, self.out = nn.Linear(8, 4), nn.MultiheadAttention(4, 1), nn.Linear(4, 10)
-
-        def forward(self, x):
-            y = self.inside(x)
-            return self.out(self.attention(y, y, y)[0].mean(1))
-
-    return Net()
-
-def empty():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta")
-
-def spatial():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
-
-def double():
-    return make().double()
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A module `nets_NAME` in the working folder; its name."""
-    name = f"nets_{tmp_path.name}".replace("-", "_")
-    (tmp_path / f"{name}.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield name
-    sys.modules.pop(name, None)
 
 
 def test_the_command(own, ltx, tmp_path):
@@ -130,29 +34,6 @@ def test_the_command(own, ltx, tmp_path):
     assert json.loads(path.with_name("certificate.json").read_text())["theorem"] == theorem
     again = [str(path), "target=digits", f"target.module={own}:make"]
     assert ltx("verify", *again)[0] == 0
-
-
-@pytest.mark.parametrize("bound", [None, 0.05])
-def test_a_certificate_with_feedback(own, ltx, tmp_path, bound):
-    given = ["target=digits", f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max",
-             "construction=2L", "selection=feedback", "feedback.images=16", "feedback.samples=100", "feedback.sweeps=1",
-             *([] if bound is None else [f"feedback.bound={bound}", "feedback.max_subset=4"])]  # fmt: skip
-    status, out, err = ltx("construct", *given)
-    assert status == 0, err
-    path = tmp_path / out.splitlines()[-1]
-    for _ in range(2):  # certified, and there already
-        status, out, err = ltx("certify", str(path), *given[:2], "certify.starts=0", "limit=16")
-        assert status == 0, err
-        assert ("its parameters have no bound" in out) == (bound is None)
-    theorem = json.loads(path.with_name("certificate.json").read_text())["theorem"]
-    if bound is None:
-        assert theorem is None
-        return
-    graph = trace(imported(f"{own}:make"))
-    assert theorem == theory.ticket_error(
-        graph, dict.fromkeys(graph.layers, bound), dict.fromkeys(graph.layers, 4), construction="2L", head="construct",
-        scaling="layer_max", input_range=data.dataset_spec("digits").input_range,
-    )  # fmt: skip
 
 
 def test_bounds_are_of_the_network_that_is_approximated(own, ltx):
@@ -353,32 +234,6 @@ def test_float64_is_rounded(own, ltx, tmp_path):
     assert status == 0, err
     assert "its float64 parameters are rounded to float32" in err
     assert ltx("eval", *given)[0] == 0
-
-
-@pytest.mark.slow
-def test_what_float32_rounds_is_no_error_of_the_certificate(own, ltx, tmp_path):
-    """Sums of some 20 differ by 3e-5 in float32; in float64 they lie within the bound, which is of exact arithmetic."""
-    given = ["target=digits", f"target.module={own}:large", "construction=2L", "m=30", "epsilon=1e-7"]
-    assert ltx("construct", *given)[0] == 0
-    status, _, err = ltx("certify", *given, "certify.starts=40", "certify.steps=30")
-    assert status == 0, err
-    assert "in float32, which rounds," in err
-    result = json.loads(next(tmp_path.glob("tickets/*/*/certificate.json")).read_text())
-    assert all(max(row["measured"], row["ascent"]) <= row["certificate"] for row in result["outputs"])
-    assert 0 < result["ascent"] < result["certificate"] < 1e-4
-    assert "(largest error 0.000000)" not in ltx("verify", *given)[2]
-
-
-@pytest.mark.parametrize("batch_norm", ["keep", "fold"])
-def test_a_tight_bound_is_of_the_rounded_target(own, batch_norm, ltx, tmp_path):
-    """Outputs that hardly change have bounds without room for what float32 rounds of batch norm's parameters."""
-    given = ["target=digits", f"target.module={own}:constant", "head=construct", "m=20", f"batch_norm={batch_norm}"]
-    assert ltx("construct", *given)[0] == 0
-    status, _, err = ltx("certify", *given, "certify.starts=2", "certify.steps=2")
-    assert status == 0, err
-    result = json.loads(next(tmp_path.glob("tickets/*/*/certificate.json")).read_text())
-    for row in result["outputs"]:
-        assert row["measured"] <= row["certificate"] < row["measured"] + 1e-6
 
 
 @pytest.mark.parametrize("command", ["construct", "eval", "bounds", "tables"])

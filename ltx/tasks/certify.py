@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from ltx.config import Settings
 from ltx.deviation import ticket_deviations
 from ltx.errors import LtxError
 from ltx.evaluation import outputs
-from ltx.files import read_result, require_writable, with_null, write_json
+from ltx.files import file_hash, read_result, require_writable, with_null, write_json
 from ltx.graph import Graph, fold_batch_norm
 from ltx.graph import run as run_graph
 from ltx.report import certificate as report
@@ -48,7 +47,7 @@ def run(settings: Settings) -> Path:
     written, how = beside(path, "certificate.json"), scaling_of(made_with(path, ticket))
     about = {
         "ltx": __version__,  # another one may prove something else
-        "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "target_sha256": target.digest,
+        "ticket_sha256": file_hash(path), "target_sha256": target.digest,
         "data": target.data, "limit": settings.limit,
         "starts": settings.certify.starts, "steps": settings.certify.steps, **how,
     }  # fmt: skip

@@ -5,7 +5,6 @@ A ticket is explicit, or `construction=sampled`: the target with sampled errors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -22,7 +21,7 @@ from ltx.config import Settings
 from ltx.deviation import Deviation, sampled_deviations, ticket_deviations
 from ltx.errors import CheckpointError, LtxError
 from ltx.evaluation import compare, outputs
-from ltx.files import read_result, require_writable, with_null, write_json
+from ltx.files import file_hash, read_result, require_writable, with_null, write_json
 from ltx.graph import fold_batch_norm
 from ltx.tasks import given, provenance, targets_at
 from ltx.tasks.calibration import feedback_columns
@@ -62,7 +61,7 @@ def run(settings: Settings) -> Path:
         candidate = partial(_explicit, path, ticket, target, how, device)
         made = scaling_of(how)
     result_path = _file(path, "result", settings)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_hash(path)
     if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data, **made}):
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ltx import __version__, data
 from ltx.config import Settings
 from ltx.errors import LtxError
 from ltx.export import masked_network, onnx, state_dict
-from ltx.files import read_result, read_tensors, replacing, require_writable, write_json, write_tensors
+from ltx.files import file_hash, read_result, read_tensors, replacing, require_writable, write_json, write_tensors
 from ltx.tasks import provenance
 from ltx.tasks.evaluate import find_ticket, require_valid
 from ltx.ticket import FORMAT, Ticket
@@ -28,12 +27,12 @@ def run(settings: Settings) -> Path:
     written = path.with_name(path.stem + {"masks": ".masks.safetensors", "prune": ".prune.pt", "onnx": ".onnx"}[kind])
     beside = path.with_name(f"{path.stem}.{kind}.json")
     about = {
-        "ltx": __version__, "format": kind, "ticket_sha256": _sha256(path),
+        "ltx": __version__, "format": kind, "ticket_sha256": file_hash(path),
         "target_sha256": ticket.target_sha256, "seed": ticket.seed, "law": ticket.law,
         "data": (settings.data.name if target is None else target.data) if kind == "onnx" else None,
     }  # fmt: skip
     there = None if settings.force else read_result(beside, about)
-    if there is not None and written.is_file() and _sha256(written) == there.get("sha256"):
+    if there is not None and written.is_file() and file_hash(written) == there.get("sha256"):
         log.info("%s: there already; force=true writes it again", written)
         return written
     if kind == "masks" and _is_ticket(written):
@@ -42,7 +41,7 @@ def run(settings: Settings) -> Path:
     require_writable(written.parent)
     beside.unlink(missing_ok=True)  # of another file than the one that is written now
     _write(ticket, kind, written, about)
-    write_json(beside, {**about, "bytes": written.stat().st_size, "sha256": _sha256(written), **provenance.here()})
+    write_json(beside, {**about, "bytes": written.stat().st_size, "sha256": file_hash(written), **provenance.here()})
     return written
 
 
@@ -51,11 +50,6 @@ def _is_ticket(path: Path) -> bool:
         return read_tensors(path)[1].get("format") == FORMAT
     except (OSError, SafetensorError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(ticket: Ticket, kind: str, path: Path, about: dict) -> None:

@@ -5,7 +5,6 @@ Tables 1 and 2 for the 3-layer network; for ResNet-22 Tables 3 and 4, and the fi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ import pandas as pd
 from ltx import paths
 from ltx.config import ACTIVATION_NAMES, ActivationName, FeedbackSettings, Settings
 from ltx.errors import CheckpointError, LtxError
-from ltx.files import write_text
+from ltx.files import file_hash, write_text
 from ltx.report import deviation, figures, tables, tradeoff
 from ltx.report.variants import usual_size
 from ltx.tasks import targets_at
@@ -237,7 +236,7 @@ def _stale(path: Path, result: Mapping) -> bool:
     ticket = next((file for file in tickets if file.is_file()), None)
     if ticket is None or "ticket_sha256" not in result:
         return False  # results may be kept without their tickets, which are large
-    return result["ticket_sha256"] != hashlib.sha256(ticket.read_bytes()).hexdigest()
+    return result["ticket_sha256"] != file_hash(ticket)
 
 
 def _read(path: Path, numbers: Iterable[str] = ()) -> dict | None:
