@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltx.defaults import usual_defaults
 from ltx.evaluation import eval_mode
+from ltx.precision import exact_convolutions
 
 RATE = 0.2  # step of an element whose gradient stays the same, as a share of its range; it falls to 0
 FIRST, SECOND = 0.9, 0.99  # Adam's averages
@@ -50,7 +51,7 @@ def ascend(
     def apart(x: Tensor) -> Tensor:
         return (ticket(x) - target(x.clone())).flatten(1)  # whose first operation may be in place
 
-    with eval_mode(ticket), eval_mode(target), _constant(ticket), _constant(target):
+    with exact_convolutions, eval_mode(ticket), eval_mode(target), _constant(ticket), _constant(target):
         with torch.no_grad():
             many = apart(starts[:1]).shape[1]
         order = torch.arange(len(starts), device=starts.device)

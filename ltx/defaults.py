@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from ltx.compiled import require_unforked
-from ltx.precision import PRODUCTS, float32
+from ltx.precision import OfAllThreads, exact_products
 
 
 @contextlib.contextmanager
@@ -25,7 +24,7 @@ def usual_defaults() -> Iterator[None]:
     require_unforked()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_float32)
-        stack.enter_context(_exact)
+        stack.enter_context(exact_products)
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -35,25 +34,6 @@ def usual_defaults() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-class _OfAllThreads:
-    """What is set for all threads: the first that enters sets it, the last that leaves sets it back."""
-
-    def __init__(self, setting: Callable[[], contextlib.AbstractContextManager]) -> None:
-        self._setting, self._lock, self._within, self._stack = setting, threading.Lock(), 0, contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._within:
-                self._stack.enter_context(self._setting())
-            self._within += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._within -= 1
-            if not self._within:
-                self._stack.close()
 
 
 @contextlib.contextmanager
@@ -66,7 +46,7 @@ def _default_dtype() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-_float32, _exact = _OfAllThreads(_default_dtype), _OfAllThreads(lambda: float32(PRODUCTS))
+_float32 = OfAllThreads(_default_dtype)
 
 
 @contextlib.contextmanager

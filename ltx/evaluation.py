@@ -13,7 +13,7 @@ from ltx.data import Split
 from ltx.defaults import usual_defaults
 from ltx.errors import LtxError
 from ltx.memory import keep_freed_memory
-from ltx.precision import CONVOLUTIONS, float32
+from ltx.precision import exact_convolutions
 
 NO_CLASS = -1
 
@@ -54,7 +54,7 @@ def outputs(model: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tenso
     The process keeps the memory that it frees from here on (`ltx.memory`).
     """
     keep_freed_memory()
-    with eval_mode(model), float32(CONVOLUTIONS):
+    with eval_mode(model), exact_convolutions:
         try:
             return torch.cat([model(batch.clone()) for batch in images.split(batch_size)])  # it may be in place
         except torch.OutOfMemoryError:  # a ticket may be wider than the GPU's memory allows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,10 +40,22 @@ else:
         ),
     )
 
+_lock = threading.RLock()  # the settings are those of all threads
+
 
 @contextlib.contextmanager
 def float32(settings: tuple[_Setting, ...], value: str = EXACT) -> Iterator[None]:
-    """Within it CONVOLUTIONS on a GPU, or PRODUCTS of matrices, are computed so."""
+    """Within it CONVOLUTIONS on a GPU, or PRODUCTS of matrices, are computed so; other threads wait at its start.
+
+    For single operations: the user's code, which may wait for threads of its own (`nn.DataParallel`), belongs into
+    `exact_convolutions` or `exact_products`.
+    """
+    with _lock, _written(settings, value):
+        yield
+
+
+@contextlib.contextmanager
+def _written(settings: tuple[_Setting, ...], value: str) -> Iterator[None]:
     before = [setting.read() for setting in settings]
     try:
         for setting in settings:
@@ -51,3 +64,26 @@ def float32(settings: tuple[_Setting, ...], value: str = EXACT) -> Iterator[None
     finally:
         for setting, was in zip(settings, before, strict=True):
             setting.write(was)
+
+
+class OfAllThreads:
+    """What is set for all threads: the first that enters sets it, the last that leaves sets it back."""
+
+    def __init__(self, setting: Callable[[], contextlib.AbstractContextManager]) -> None:
+        self._setting, self._within, self._stack = setting, 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with _lock:
+            if not self._within:
+                self._stack.enter_context(self._setting())
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            self._within -= 1
+            if not self._within:
+                self._stack.close()
+
+
+exact_convolutions = OfAllThreads(lambda: _written(CONVOLUTIONS, EXACT))
+exact_products = OfAllThreads(lambda: _written(PRODUCTS, EXACT))

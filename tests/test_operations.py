@@ -1,12 +1,7 @@
 """What the operations compute does not depend on the device, or on how it is computed there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -50,49 +45,6 @@ def test_a_split_number_is_the_sum_of_its_parts():
     assert torch.equal(high + low, x)
     assert torch.equal(rounded(high), high)
     assert (low.abs() <= x.abs() * 2**-10).all()
-
-
-SET = [
-    "pass", "cudnn.allow_tf32 = False", "torch.set_float32_matmul_precision('high')",
-    "torch.backends.cuda.matmul.allow_tf32 = True", "cudnn.conv.fp32_precision = 'ieee'",
-    "cudnn.conv.fp32_precision = 'tf32'", "cudnn.fp32_precision = 'ieee'", "torch.backends.fp32_precision = 'ieee'",
-    "torch.backends.fp32_precision = 'tf32'",
-]  # fmt: skip
-CHECK = """
-import os
-import sys
-import torch
-from torch.backends import cudnn
-from ltx.precision import CONVOLUTIONS, PRODUCTS, EXACT, TF32, float32
-
-def read():
-    return [setting.read() for setting in (*CONVOLUTIONS, *PRODUCTS)]
-
-for how in sys.argv[1:]:
-    child = os.fork()  # what is set is that of the process
-    if child:
-        assert os.waitpid(child, 0)[1] == 0, how
-        continue
-    exec(how)
-    before = read()
-    with float32(CONVOLUTIONS), float32(PRODUCTS):
-        assert set(read()) <= {EXACT, "highest"}
-        with float32(CONVOLUTIONS, TF32):
-            assert read()[0] == TF32
-        assert read()[0] == EXACT
-    assert read() == before
-    os._exit(0)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_precision_is_set_back_however_it_was_set():
-    """By the newer names or the older ones, of which PyTorch refuses to read one behind the other."""
-    newer = hasattr(torch.backends.cudnn, "conv")  # PyTorch 2.9
-    settings = [how for how in SET if newer or "fp32_precision" not in how]
-    command = [sys.executable, "-W", "ignore", "-c", CHECK, *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ltx.errors import ConstructionError
 from ltx.graph.nodes import BatchNorm, Graph, run
-from ltx.precision import CONVOLUTIONS, float32
+from ltx.precision import exact_convolutions
 
 log = logging.getLogger(__name__)
 IMAGES = 8  # are enough: what was not seen changes every one
@@ -35,7 +35,7 @@ def require_same_outputs(model: nn.Module, graph: Graph, images: Tensor | None) 
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     for shown in _shown(graph, images):
         try:
-            with float32(CONVOLUTIONS):  # of a copy: its first operation may be in place
+            with exact_convolutions:  # of a copy: its first operation may be in place
                 theirs = model(shown.to(parameter.device, parameter.dtype, copy=True))
         except Exception:  # of the user's code: of any kind. Whoever needs the model to take them says so
             continue
