@@ -41,7 +41,7 @@ def one_of(name: str, value: object, known: Collection[str], error: type[LtxErro
     Raises:
         error: it is not.
     """
-    if value not in tuple(known):  # a dict would ask for its hash
+    if not isinstance(value, str) or value not in known:
         raise error(f"{name} '{value}' is not known; there are {', '.join(known)}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import errno
 import gc
 import importlib
@@ -17,6 +18,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -38,12 +40,14 @@ COMMANDS = {
     "tables": ("tables", "write the paper's tables from the results that are there"),
     "page": ("page", "write one HTML page of the tables and figures that are there"),
 }
-_FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve", "--version")
+_FLAGS = ("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve")
 _FLAGS_WITH_VALUE = (
     "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn",
     "--config-dir", "-cd", "--experimental-rerun",
 )  # fmt: skip
 _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
+_NAMES = ("output_dir", "data.root", "target.checkpoint", "target.module", "ticket")  # settings that are text
+_LIKE_A_NUMBER = re.compile(r"[+-]?(\d[\w.+-]*|\.\d[\w.+-]*|inf|nan)|true|false", re.IGNORECASE)
 LOWER = {"train-target": "lower target.batch_size, or use device=cpu"}  # what to do when memory has run out
 LOWER_ELSEWHERE = "lower m, give a larger epsilon, or use device=cpu"
 INTERRUPTED = 130  # the exit status, as of a shell
@@ -60,6 +64,8 @@ def main() -> None:
         print(end="", flush=True)
     except OSError as error:  # of --help
         status = _fail(_os_error(error))
+    except KeyboardInterrupt:  # before the command has begun
+        status = _interrupted()
     finally:
         gc.enable()
     sys.exit(status)
@@ -86,41 +92,55 @@ def run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         return _fail(f"unknown command '{command}'; there are {', '.join(COMMANDS)} (ltx --help)")
     overrides: list[str] = []
+    flags: list[str] = []
     tickets: list[str] = []
     for before, argument in itertools.pairwise(arguments):
-        if before in _FLAGS_WITH_VALUE or _OVERRIDE.match(argument):
-            overrides.append(argument)
+        if before in _FLAGS_WITH_VALUE:
+            flags.append(argument)
+        elif command in FILE and os.path.isfile(argument):  # which may have a = in its name
+            tickets.append(argument)
+        elif _OVERRIDE.match(argument):
+            overrides.append(_as_text(argument))
         elif argument.startswith("-"):
             if argument.split("=")[0] not in _FLAGS + _FLAGS_WITH_VALUE:
                 return _fail(f"unknown flag '{argument}'; settings are written KEY=VALUE (ltx {command} --help)")
-            overrides.append(argument)
+            flags.append(argument)
         elif command in FILE:  # `ltx verify FILE` is `ltx verify ticket=FILE`
             tickets.append(argument)
         else:
             return _fail(f"'{argument}' is no setting; settings are written KEY=VALUE, e.g. m=15")
-    if tickets and any(override.startswith("ticket=") for override in overrides):
+    if tickets and any(given.lstrip("+").startswith("ticket=") for given in overrides):
         return _fail(f"'{tickets[0]}' and ticket=... both name a ticket; list the files without ticket=")
-    if "--help" in overrides or "-h" in overrides:
+    if "--help" in flags or "-h" in flags:
         print(command_help(command, COMMANDS[command][1]))
         return 0
     if command in PLAIN and (unused := _unused(command, overrides)):
         return _fail(f"ltx {command} has no setting '{unused}' (ltx {command} --help lists those that it has)")
-    sweep = next((o for o in overrides if o.lstrip("+").startswith("experiment=") and o != "experiment=null"), None)
-    all_of_it = {"--multirun", "-m", "hydra.mode=MULTIRUN"}
-    if sweep and command != "tables" and not all_of_it.intersection(overrides):
-        print(f"ltx: {sweep} is a sweep, of which this is one run: add --multirun for all", file=sys.stderr, flush=True)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return _fail("the current folder is not there any more; change to another one")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         # waiting threads spin briefly, then sleep: by GNU OpenMP's default they spin for milliseconds, and
         # the short loops of the solvers become many times slower wherever another program runs
         os.environ["GOMP_SPINCOUNT"] = "10000"
     os.environ["MPLBACKEND"] = "agg"  # figures are written, not shown: a notebook's own may be none of this environment
-    overrides.sort(key=lambda a: _OVERRIDE.match(a) is None)  # Hydra's parser wants flags last
+    overrides += flags  # Hydra's parser wants them last
     status = 0
     for ticket in tickets:  # one that fails does not keep the others from being looked at
         status = max(status, _hydra(command, [override("ticket", ticket, always=True), *overrides]))
         if status == INTERRUPTED:
             break
     return status if tickets else _hydra(command, overrides)
+
+
+def _as_text(argument: str) -> str:
+    """A setting whose values are names, in quotes where Hydra would read a number: it writes 2026_12_01 as 20261201."""
+    key, equals, value = argument.partition("=")
+    if key.lstrip("+") not in _NAMES:
+        return argument
+    values = value.split(",")
+    return key + equals + ",".join(f"'{v}'" if _LIKE_A_NUMBER.fullmatch(v) else v for v in values)
 
 
 def _usage() -> str:
@@ -159,7 +179,7 @@ def _out_of_memory(error: Exception) -> bool:
 def conf_dir() -> Path:
     """The configuration folder: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parent
-    for folder in (package.parent / "conf", package / "conf"):
+    for folder in (package / "conf", package.parent / "conf"):  # beside a wheel's may lie somebody else's
         if (folder / "config.yaml").is_file():
             return folder
     raise FileNotFoundError(f"no conf/config.yaml beside or inside {package}; install ltx again")
@@ -184,6 +204,8 @@ def _hydra(command: str, overrides: list[str]) -> int:
                 gc.freeze()
                 gc.enable()
             settings = config.settings_from(cfg)
+            if command != "tables":  # which are of a whole sweep
+                _require_whole_sweep()
             if command != "bounds":
                 settings.require_solvable()
             artefact = task.run(settings)
@@ -207,7 +229,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
     sys.argv = [f"ltx {command}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place that reports them
     try:
-        with _lazy_help(), _no_empty_sweeps():
+        with _arguments(), _no_empty_sweeps():
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (LtxError, HydraException, OmegaConfBaseException) as error:
         return _fail(_line(error))
@@ -215,13 +237,12 @@ def _hydra(command: str, overrides: list[str]) -> int:
         if not _raised_in(hydra, error):
             raise
         return _fail(f"{_line(error)}; {SEE_HELP}")
-    except OSError as error:  # Hydra's own folder of a sweep
-        return _fail(_os_error(error))
-    except SystemExit as done:  # --help, --cfg, and what argparse refuses
+    except OSError as error:
+        return _fail(_os_error(error, "where Hydra notes a sweep with hydra.sweep.dir=DIR"))
+    except SystemExit as done:  # --cfg
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:
-        _fail("interrupted")
-        return INTERRUPTED
+        return _interrupted()
     finally:
         sys.argv = argv
         if full_error is None:
@@ -260,11 +281,36 @@ def _raised_in(package: ModuleType, error: BaseException) -> bool:
     return Path(str(package.__file__)).parent in Path(last.filename).parents and last.name != "return_value"
 
 
-def _lazy_help() -> AbstractContextManager[object]:
-    """Within it, argparse takes any help text: since Python 3.14 it refuses Hydra 1.3's, which becomes text late."""
+@contextlib.contextmanager
+def _arguments() -> Iterator[None]:
+    """Within it, what argparse refuses is an LtxError instead of its usage.
+
+    It takes any help text: since Python 3.14 it refuses Hydra 1.3's, which becomes text late.
+    """
     from unittest import mock
 
-    return mock.patch.object(argparse.ArgumentParser, "_check_help", create=True)
+    def refuse(_: argparse.ArgumentParser, message: str) -> None:
+        raise LtxError(f"{message}; ltx COMMAND --help says what there is")
+
+    parser = argparse.ArgumentParser
+    with mock.patch.object(parser, "_check_help", create=True), mock.patch.object(parser, "error", refuse):
+        yield
+
+
+def _require_whole_sweep() -> None:
+    """LtxError where a sweep over experiments leaves out their own sweeps; a line where this is one run of one."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from ltx.tasks import given
+
+    hydra_config = HydraConfig.get()
+    left = [key for key in hydra_config.sweeper.get("params") or {} if key not in given.overrides()]
+    name = f"experiment={hydra_config.runtime.choices.get('experiment')}"
+    if left and hydra_config.mode == RunMode.MULTIRUN:
+        raise LtxError(f"{name} has a sweep of its own, over {', '.join(left)}; give one experiment at a time")
+    if left:
+        print(f"ltx: {name} is a sweep, of which this is one run: add --multirun for all", file=sys.stderr, flush=True)
 
 
 def _line(error: BaseException) -> str:
@@ -285,8 +331,11 @@ def _line(error: BaseException) -> str:
     return line + (f"; {SEE_HELP}" if isinstance(cause, ConfigAttributeError) else "")
 
 
-def _os_error(error: OSError) -> str:
-    """What it says of a file that cannot be written, or of the standard output, to which no more is written then."""
+def _os_error(error: OSError, instead: str = "with output_dir=DIR, or data.root=DIR for data") -> str:
+    """What it says of a file that cannot be read or written, and where to have it instead.
+
+    Or of the standard output, to which no more is written then.
+    """
     try:
         print(end="", flush=True)  # fails again, but for what Python 3.14 tried to write without a buffer
         lost = isinstance(error, BrokenPipeError) or (error.errno == errno.ENOSPC and error.filename is None)
@@ -295,7 +344,12 @@ def _os_error(error: OSError) -> str:
     if lost:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what it still holds would fail again at the end
         return f"cannot write to the standard output: {error.strerror}"
-    return f"cannot write {error.filename or 'a file'}: {error.strerror}; choose another place with output_dir=DIR"
+    return f"cannot read or write {error.filename or 'a file'}: {error.strerror}; choose another place {instead}"
+
+
+def _interrupted() -> int:
+    _fail("interrupted")
+    return INTERRUPTED
 
 
 def _fail(message: str) -> int:

@@ -65,6 +65,10 @@ class TargetSettings:
             given is None or (len(given) == 2 and -math.inf < given[0] < given[1] < math.inf),
             f"target.input_range={given}: must be [LOW, HIGH] with LOW < HIGH, or null",
         )
+        unknown = ", ".join(sorted(self.densities.keys() - set(ACTIVATION_NAMES)))
+        _require(
+            not unknown, f"target.densities: there is no activation {unknown}; choose {', '.join(ACTIVATION_NAMES)}"
+        )
         for share in (self.density, *self.densities.values()):
             _require(share is None or 0 < share <= 1, f"target.density={share}: must lie in (0, 1]")
         _require(self.batch_size >= 1, f"target.batch_size={self.batch_size}: must be at least 1")
@@ -195,6 +199,11 @@ class Settings:
             f"problems={self.problems}: must lie between 2 and {MAX_PROBLEMS}; several seeds give more",
         )
         _require(self.output_dir.strip() != "", "output_dir is empty: it must name a folder")
+        for name, value in (
+            ("data.root", self.data.root), ("target.checkpoint", self.target.checkpoint),
+            ("target.module", self.target.module), ("ticket", self.ticket),
+        ):  # fmt: skip
+            _require(value is None or value.strip() != "", f"{name} is empty: say which, or leave it out")
         _require(
             self.theta is None or abs(self.theta) <= 1e100,  # its square is looked at, too
             f"theta={self.theta}: must be a number of at most 1e100 in magnitude, or null for random",

@@ -89,7 +89,11 @@ def _read_cifar10(root: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 def _torchvision(name: str, dataset: Callable[..., Any], root: Path, train: bool, folder: Path, files: str) -> Any:
     """A data set of torchvision's, downloaded when its files are missing or damaged."""
-    there = any(folder.glob("*"))
+    instead = "another folder with data.root=DIR or the variable LTX_DATA; target=digits needs no files"
+    try:
+        there = any(folder.glob("*"))
+    except OSError as error:
+        raise DataError(f"{name}: {folder} cannot be read ({error.strerror}); name {instead}") from error
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the artefact's path
             return dataset(str(root), train=train, download=True)
@@ -99,8 +103,7 @@ def _torchvision(name: str, dataset: Callable[..., Any], root: Path, train: bool
         )
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{name}: {folder if there else root} {what} ({reason}); put {files} into {folder}, or name "
-            "another folder with data.root=DIR or the variable LTX_DATA; target=digits needs no files"
+            f"{name}: {folder if there else root} {what} ({reason}); put {files} into {folder}, or name {instead}"
         ) from error
 
 

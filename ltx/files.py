@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -38,10 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # gone by now, or somebody else's
                 if time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        part = Path(name)
-        os.chmod(part, 0o644)
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        part.touch(exist_ok=False)  # with the mode that the process' umask says
         yield part
         os.replace(part, path)
     except OSError as error:
@@ -128,6 +127,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; OSError or SafetensorError where it cannot be read."""
     from safetensors import safe_open
 
+    with path.open("rb"):  # safetensors says of any that it cannot open that it is not there
+        pass
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
 

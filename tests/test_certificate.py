@@ -251,6 +251,11 @@ def test_the_command(construction, ltx, tmp_path, monkeypatch):
     assert shown[1:] == [None] * 9  # no start was after these
     assert out.count("| – ") == 9
     before = written.read_bytes()
+    written.with_suffix(".svg").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "require_writable", lambda _: pytest.fail("done again"))
+        with pytest.raises(pytest.fail.Exception, match="done again"):
+            ltx("certify", str(path), "certify.starts=2", "certify.steps=2", output_dir=tmp_path)
     status, out, err = ltx("certify", str(path), "certify.starts=-1", output_dir=tmp_path)
     assert (status, out) == (1, "")
     assert "certify.starts=-1: must lie between" in one_line(err)

@@ -173,6 +173,11 @@ def test_asking_whether_a_folder_can_be_written_makes_none(tmp_path, folder):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder; name the file in it"):
+        read_checkpoint(tmp_path)
+
+
 def test_unknown_network():
     with pytest.raises(LtxError, match="'resnet9000' is not known; there are mnist_cnn"):
         build("resnet9000", "relu", shape=(1, 8, 8), classes=10)

@@ -5,7 +5,7 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import SMOKE, one_line
+from conftest import SMOKE, last_line, one_line
 
 from ltx import cli
 
@@ -41,6 +41,9 @@ def test_residual_network_from_training_to_tables(residual, ltx):
     assert (status, "there already" in err) == (0, True)
     status, out, err = ltx("eval", *settings, "construction=sampled", "seed=1")
     assert (status, "there already" in err) == (0, True)
+    last_line(out).with_name("deviation.json").unlink()
+    status, out, err = ltx("eval", *settings, "construction=sampled", "seed=1")
+    assert (status, "there already" in err) == (0, False)
     status, out, _ = ltx("tables", *settings)
     assert status == 0
     assert "Table 3" in out
@@ -69,6 +72,16 @@ def test_deviations_of_a_ticket_that_was_replaced_are_left_out(residual, ltx, tm
     table = pd.read_csv(tmp_path / "tables" / "deviation-digits.csv")
     assert set(table[table.construction == "2L"].seed) == {1}
     assert set(table[table.construction == "L+1"].seed) == {0, 1}
+
+
+def test_deviations_of_targets_whose_names_have_a_dot(residual, ltx, tmp_path):
+    folder, settings = residual
+    names = {f"net-v1.{n}.safetensors" for n in (2, 3)}
+    for name in names:
+        shutil.copy(next(folder.glob("targets/*/target.safetensors")), tmp_path / name)
+        assert ltx("tables", *settings, f"target.checkpoint={tmp_path / name}")[0] == 0
+    found = {path.name for path in (folder / "tables").glob("deviation-net*")}
+    assert found == {f"deviation-net-v1.{n}.{suffix}" for n in (2, 3) for suffix in ("csv", "svg", "png")}
 
 
 @pytest.mark.parametrize("command", ["eval", "verify"])

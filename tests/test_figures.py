@@ -32,6 +32,13 @@ def test_fitted_constant_is_the_least_that_the_corollary_allows():
     assert early.fitted_constant < curve.fitted_constant
 
 
+@pytest.mark.parametrize("failures", [(11, 11), (11, 12), (20, 5), (13, 10, 11)])
+def test_a_curve_that_does_not_fall_has_no_decay(failures):
+    sizes = tuple(range(11, 11 + len(failures)))
+    curve = FailureCurve("uniform", 0.1, 1500, sizes, failures)
+    assert math.isnan(curve.decay) == (failures != (13, 10, 11))
+
+
 def test_a_curve_that_falls_to_no_failure_at_all_shows_no_crossing():
     curve = FailureCurve("uniform", 0.001, 400, (10, 11, 12), (3, 1, 0))
     assert curve.crossing is None

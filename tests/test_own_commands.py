@@ -1,6 +1,7 @@
 """The commands on a network of the user's own, target.module=PACKAGE.MODULE:FACTORY."""
 
 import json
+import sys
 
 import pandas as pd
 import pytest
@@ -123,6 +124,20 @@ def test_modules_that_have_no_meaning(own, ltx, tmp_path):
         status, _, err = ltx(command, "target=digits", f"target.module={own}:make", *given)
         assert status == 1
         assert message in one_line(err)
+
+
+def test_what_a_factory_prints_is_no_path(own, ltx, tmp_path):
+    (tmp_path / "printing_network.py").write_text(
+        f"import {own}\ndef make():\n    print('made')\n    return {own}.make()\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        status, out, err = ltx("construct", "target=digits", "target.module=printing_network:make", "m=20")
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert status == 0, err
+    assert "made" not in out
+    assert "made\n" in err
 
 
 def test_data_that_do_not_fit(own, ltx, tmp_path):

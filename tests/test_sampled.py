@@ -1,6 +1,7 @@
 """The paper's protocol for ResNet-22: a target with the errors of random subset-sum problems, and what it counts."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from ltx.constructions.sampled import PROBLEMS, sampled
 from ltx.errors import ConstructionError
 from ltx.graph import above, trace
 from ltx.subset_sum import sample
+from ltx.targets import read_checkpoint
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -129,6 +131,10 @@ def test_sampled_errors_and_what_stands_beside_them(outputs, ltx, tmp_path):
     account.unlink()
     assert "there already" not in ltx("construct", *given, "construction=sampled")[2]
     assert account.is_file()
+    shutil.copytree(drawn.parent, drawn.parent.with_name(drawn.parent.name.replace("seed0", "seed1")))
+    status, out, err = ltx("construct", *given, "construction=sampled", "seed=1")  # of which it is no copy
+    assert (status, "there already" in err) == (0, False)
+    assert read_checkpoint(last_line(out)).metadata["seed"] == "1"
     assert ltx("eval", *given, "construction=sampled")[0] == 0
     status, out, _ = ltx("tables", *given)
     assert status == 0

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ltx.errors import LtxError
 from ltx.subset_sum import baselines, sample, solve, statistics, summarise
 from ltx.subset_sum.statistics import LAWS, draw, wilson_interval
 from ltx.tasks import bench
+from ltx.tasks.subset_sum import constant_of, flat, summary
 
 
 @pytest.mark.parametrize("law", list(LAWS))
@@ -66,6 +68,11 @@ def test_summary_is_that_of_the_solutions(selection):
     assert math.isclose(high - low, 2 * 1.96 * found.error.std() / math.sqrt(500), rel_tol=1e-9)
 
 
+def test_epsilon_is_a_number_of_any_type():
+    for epsilon in ("0.01", np.float32(0.25), torch.tensor(0.5)):
+        assert summarise(sample("uniform", 4, epsilon, problems=10)).epsilon == float(epsilon)
+
+
 def test_summary_without_failures_and_without_solutions():
     certain, hopeless = (summarise(sample("uniform", 6, e, problems=20)) for e in (1.5, 1e-12))
     assert (certain.failures, certain.constant) == (0, None)
@@ -75,6 +82,18 @@ def test_summary_without_failures_and_without_solutions():
     assert hopeless.constant == 6 / -math.log(1e-12)
     beyond = summarise(sample("uniform", 1, 1.0, theta=100.0, problems=20))  # no C, however large, says anything
     assert (beyond.failure_share, beyond.constant, beyond.constant_interval) == (1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("m", "problems", "seed", "known"), [(12, 60, 2, ""), (15, 400, 0, "about"), (15, 4000, 0, "="), (12, 4000, 0, ">")]
+)
+def test_what_is_known_of_the_constant_of_few_problems(m, problems, seed, known):
+    """No upper end, where more than epsilon may fail: the corollary may need a larger one."""
+    s = summarise(sample("uniform", m, 0.01, problems=problems, seed=seed))
+    assert (s.constant_interval is None) == (s.failure_share_interval[1] > 0.01)
+    assert constant_of(flat(asdict(s))).split(" ")[0] == known
+    line = {**asdict(s), "seconds": 0.0}
+    assert ("C is unknown, of so few problems" in summary(line)) == (known == "")
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

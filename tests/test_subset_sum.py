@@ -189,6 +189,10 @@ for m in (1, 2, 3, 4, 5, 8):
             found = solver._on_gpu(wide[::2, ::2], torch.tensor(theta).repeat_interleave(2)[::2], within)
             for name in ("mask", "size", "error"):
                 assert (getattr(found, name).numpy() == getattr(expected, name)).all(), (m, selection, name)
+for x, epsilon in (([[0.6000000005, 0.25, 0.25]], 0.1), ([[0.5099999999, 0.25, 0.25]], 0.01)):  # no float32 numbers
+    x, theta = np.array(x), np.array([0.5])
+    expected, found = solve(x, theta, epsilon), solver._on_gpu(torch.tensor(x), torch.tensor(theta), epsilon)
+    assert found.mask.item() == expected.mask.item(), epsilon
 print("same")
 """
 
@@ -219,7 +223,7 @@ def test_gpu_kernels_compile_without_a_gpu(values, capability, tmp_path, monkeyp
     from ltx.subset_sum import gpu
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = {"values": values, "columns": values, "prefixes": "*i32", "epsilon": "fp64", "first": "*i32"}
+    kinds = {"values": values, "columns": values, "prefixes": "*i32", "allowed": "*fp64", "first": "*i32"}
     kinds |= dict.fromkeys(("n", "m", "row", "column", "largest", "size", "count", "share"), "i32")
     kinds |= dict.fromkeys(("targets", "errors", "least"), "*fp64")
     kinds |= dict.fromkeys(("masks", "sizes", "chosen"), "*i64")
@@ -332,6 +336,8 @@ def test_no_problems(selection, m):
         (torch.ones(2, 3, device="meta"), torch.ones(2), 0.1, "best", "dense arrays of real numbers"),
         (np.ma.masked_less(np.ones((2, 3)), 0), np.ones(2), 0.1, "best", "masked arrays"),
         (np.ones((2, 3)), np.ma.masked_less(np.ones(2), 2), 0.1, "best", "masked arrays"),
+        ([[1, 2], [3]], np.ones(2), 0.1, "best", r"must be arrays, \(n, m\) and \(n,\)"),
+        (np.ones((2, 3)), np.ones(2), 0.1, np.array(SELECTIONS), "is not known"),
     ],
 )
 def test_refuses_bad_problems(x, theta, epsilon, selection, message):
@@ -348,3 +354,12 @@ def test_members_are_those_of_all_values(made):
             found.members(m)
     with pytest.raises(LtxError, match="m 'a' must be a whole number"):
         found.members("a")
+
+
+def test_tensors_that_are_negated_late():
+    """PyTorch notes the sign of the imaginary part of a conjugate, and leaves the numbers as they are."""
+    x = torch.tensor([[0.5, 0.25, -0.3]])
+    for kind in (torch.float32, torch.float64):
+        plain, given = x.to(kind), torch.complex(x.to(kind), -x.to(kind)).conj().imag
+        assert given.is_neg()
+        assert solve(given, given[:, 2], 1e-6).mask == solve(plain, plain[:, 2], 1e-6).mask == 4

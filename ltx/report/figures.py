@@ -26,15 +26,16 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 LAW_NAMES = {"uniform": "$X_k \\sim U[-1, 1]$", "product": "$X_k \\sim U[-1, 1]\\,U[-1, 1]$",
              "normal": "$X_k \\sim N(0, 1)$", "normal_product": "$X_k \\sim N(0, 1)\\,N(0, 1)$"}  # fmt: skip
+SUFFIXES = (".svg", ".png")
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path` with .svg and .png behind its name; the same figure gives the same SVG bytes.
+    """Write `path` with each of SUFFIXES behind its name; the same figure gives the same SVG bytes.
 
     What is drawn is laid out for the first of them and stays where it is: laying out takes as long as drawing.
     """
     written = []
-    for suffix, metadata in ((".svg", {"Date": None}), (".png", None)):
+    for suffix, metadata in zip(SUFFIXES, ({"Date": None}, None), strict=True):
         whole = path.with_name(path.name + suffix)
         with matplotlib.rc_context(STYLE), replacing(whole) as part:
             figure.savefig(part, format=suffix[1:], metadata=metadata)
@@ -132,7 +133,7 @@ def _error_panel(axes: Axes, drawn: Sample, title: str) -> None:
 def _size_panel(axes: Axes, drawn: Sample, title: str) -> None:
     statistics, n = summarise(drawn), len(drawn.error)
     solved = np.array(statistics.size_counts) / n
-    failed = np.bincount(drawn.size[~drawn.solved], minlength=drawn.base_set_size + 1) / n
+    failed = np.array(statistics.failed_size_counts) / n
     sizes = np.arange(drawn.base_set_size + 1)
     axes.bar(sizes, solved, color=BLUE, width=0.8, label="within ε")
     axes.bar(sizes, failed, bottom=solved, color=GREY, width=0.8, label="none within ε: closest")
@@ -196,12 +197,16 @@ class FailureCurve:
 
     @property
     def decay(self) -> float:
-        """How fast failures fall in the end: the C of exp(-m / C), fitted to the shares below 1 % with 10 failures."""
+        """How fast failures fall in the end: the C of exp(-m / C), fitted to the shares below 1 % with 10 failures.
+
+        nan where they do not fall, or fewer than two m have such shares.
+        """
         use = [n for n, k in enumerate(self.failures) if k >= 10 and self.shares[n] < 0.01]
-        if len(use) < 2:
+        if len(use) < 2 or self.failures[use[0]] <= self.failures[use[-1]]:
             return float("nan")
         m, weight = np.array(self.base_set_sizes)[use], np.sqrt(np.array(self.failures)[use])
-        return float(-1 / np.polyfit(m, np.log(self.shares[use]), 1, w=weight)[0])
+        slope = float(np.polyfit(m, np.log(self.shares[use]), 1, w=weight)[0])
+        return -1 / slope if slope < 0 else float("nan")
 
 
 def failure_figure(curves: Sequence[FailureCurve]) -> Figure:

@@ -93,11 +93,13 @@ def _if_better(error, mask, size, least, code, new_size, epsilon):
 
 
 @triton.jit
-def _up_to_three(values, targets, errors, masks, sizes, n, m, largest, epsilon, THREADS: tl.constexpr):
+def _up_to_three(values, targets, errors, masks, sizes, allowed, n, m, largest, THREADS: tl.constexpr):
     """The least size up to `largest` (1 to 3) that has a subset within epsilon and its best one, else the best of all.
 
     values (m, n), float32 or float64; targets, errors, masks and sizes (n,). A sum is a number of float64.
+    allowed: one number, epsilon; given as such it would be rounded to float32.
     """
+    epsilon = tl.load(allowed)
     problem = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     there = problem < n
     problem = tl.minimum(problem, n - 1)
@@ -200,7 +202,7 @@ def search(values: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, Ten
     if n:
         with torch.cuda.device_of(values):
             _up_to_three[(triton.cdiv(n, THREADS),)](
-                values, targets, error, mask, size, n, m, looked, epsilon,
+                values, targets, error, mask, size, targets.new_full((1,), epsilon), n, m, looked,
                 THREADS=THREADS,  # pyright: ignore[reportArgumentType] - a constant
                 **LAUNCH,
             )  # fmt: skip

@@ -212,7 +212,7 @@ def improve(values, targets, which, sizes, epsilon, mask, size, error):
         sizes: no subset of this size or below is within epsilon.
         epsilon: where a subset is within epsilon, the best one of the least such size is taken, else the best of
             all; negative for the best of all.
-        mask, size, error: (n,) int64, int64, float64; hold a subset and its error for each problem, and are changed.
+        mask, size, error: (n,) uint32, int64, float64; hold a subset and its error for each problem, and are changed.
     """
     m = values.shape[1]
     room = 1 << (m - 2 - (m - 2) // 2)

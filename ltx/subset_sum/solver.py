@@ -76,8 +76,8 @@ def solve(
     Returns:
         The same subsets on every device. An error is that of the float64 sum of the chosen values in ascending
         order of their indices. Beyond results, memory does not grow with n. Time does not depend on the values,
-        but where a target is 10^12 times larger than its whole base set: rounding alone then decides among all
-        2^m subsets.
+        but where a target, or one value near it, is 10^12 times larger than the others together: rounding alone then
+        decides among all of their subsets.
 
     Raises:
         LtxError: wrong shapes or types, an unknown selection, an epsilon that is not positive, an entry that is NaN or
@@ -85,7 +85,7 @@ def solve(
     """
     if isinstance(values, np.ma.MaskedArray) or isinstance(targets, np.ma.MaskedArray):
         raise LtxError("subset sums: masked arrays are not looked at; give the values themselves")
-    values, targets = (a.detach() if isinstance(a, Tensor) else np.asarray(a) for a in (values, targets))
+    values, targets = _array(values), _array(targets)
     shape, targets_shape = tuple(values.shape), tuple(targets.shape)
     if len(shape) != 2 or targets_shape != shape[:1]:
         raise LtxError(f"subset sums: values {shape} and targets {targets_shape} must be (n, m) and (n,)")
@@ -167,6 +167,15 @@ def _enumerated_sizes(m: int, within: float) -> int:
         size += 1
         looked += math.comb(m, size)
     return size
+
+
+def _array(given: object) -> np.ndarray | Tensor:
+    if isinstance(given, Tensor):
+        return given.detach().resolve_neg()
+    try:
+        return np.asarray(given)
+    except ValueError as error:  # lists of different lengths
+        raise LtxError(f"subset sums: values and targets must be arrays, (n, m) and (n,) ({error})") from error
 
 
 def _is_dense_and_real(array: np.ndarray | Tensor) -> bool:

@@ -1,8 +1,9 @@
 """Statistics of random subset-sum problems: how often they fail, how large the error and the subset are (Figs. 3, 4).
 
 Problem p of a law is a function of the seed and p alone, drawn like the source network: the same problems on CPU and
-GPU, a larger sample begins with the smaller one, and a larger base set with the smaller one. Numbers have 47 bits
-(two words of the generator), not the source's 24: with m beyond 20 best errors are smaller than 2^-24.
+GPU, a larger sample begins with the smaller one, and a larger base set with the smaller one. Numbers have 48 bits
+(two words of the generator), not the source's 24: with m beyond 20 best errors are smaller than 2^-24. Normal ones
+are a function of these that processors may round differently in the last bit of float64.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def sample(
     m, problems, seed = whole("m", m), whole("problems", problems), seed_of(seed)
     if not 1 <= m <= MAX_BASE_SET_SIZE:
         raise LtxError(f"m={m}: must lie between 1 and {MAX_BASE_SET_SIZE}")
+    epsilon = real("epsilon", epsilon)
     if theta is not None:
         theta = real("theta", theta)
         if not math.isfinite(theta):
@@ -117,8 +119,7 @@ def sample(
         found = solve(
             *draw(law, m, begin, end - begin, seed=seed, theta=theta, device=device), epsilon, selection=selection
         )
-        error[begin:end] = torch.as_tensor(found.error).cpu()
-        size[begin:end] = torch.as_tensor(found.size).cpu()
+        error[begin:end], size[begin:end] = (torch.as_tensor(a, device="cpu") for a in (found.error, found.size))
     return Sample(law, m, epsilon, selection, seed, theta, error, size)
 
 
@@ -147,7 +148,7 @@ class Statistics:
     # C = m / log(1 / min(epsilon, delta)) of Corollary 2.2, here of one m; None where nothing failed, or
     # everything with epsilon >= 1. Where delta > epsilon, it only says that the corollary needs a larger one
     constant: float | None
-    constant_interval: tuple[float, float] | None  # None where it has no upper end
+    constant_interval: tuple[float, float] | None  # None where it has no upper end: delta may be beyond epsilon
 
 
 def summarise(drawn: Sample) -> Statistics:
@@ -169,7 +170,7 @@ def summarise(drawn: Sample) -> Statistics:
         size_counts=np.bincount(sizes, minlength=m + 1).tolist(),
         failed_size_counts=np.bincount(drawn.size[~solved], minlength=m + 1).tolist(),
         constant=found if failures and math.isfinite(found) else None,
-        constant_interval=(least, most) if math.isfinite(most) else None,
+        constant_interval=(least, most) if high <= drawn.epsilon and math.isfinite(most) else None,
     )  # fmt: skip
 
 

@@ -39,6 +39,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: missing, unreadable, truncated, not a state dict, or with NaN or infinite entries.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {path}: is a folder; name the file in it, target.safetensors")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -25,7 +26,7 @@ def imported(name: str) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        with kept_defaults():
+        with kept_defaults(), contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the artefact's path
             make = importlib.import_module(module)
             for part in factory.split("."):
                 make = getattr(make, part)

@@ -24,7 +24,7 @@ from ltx.files import file_hash, read_result, require_writable, with_null, write
 from ltx.graph import Graph, fold_batch_norm
 from ltx.graph import run as run_graph
 from ltx.report import certificate as report
-from ltx.report.figures import save
+from ltx.report.figures import SUFFIXES, save
 from ltx.tasks import provenance, targets_at
 from ltx.tasks.evaluate import DEVIATION_IMAGES, beside, find_ticket, made_with, require_valid, scaling_of, some_images
 from ltx.ticket import Ticket
@@ -52,7 +52,8 @@ def run(settings: Settings) -> Path:
         "starts": settings.certify.starts, "steps": settings.certify.steps, **how,
     }  # fmt: skip
     there = None if settings.force else read_result(written, about)
-    if there is not None:
+    figures = (written.with_suffix(suffix) for suffix in SUFFIXES)
+    if there is not None and all(figure.is_file() for figure in figures):
         log.info("%s: there already; force=true certifies again", written)
         _print(there, ticket)
         return written

@@ -140,10 +140,7 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
         path,
         found.state,
         {
-            "format": "ltx-sampled/1", "network": target.network, "activation": target.activation,
-            "data": target.data, "target_sha256": target.digest, "base_set_size": str(settings.m),
-            "epsilon": repr(settings.epsilon), "selection": settings.selection.value, "seed": str(settings.seed),
-            "head": settings.head.value, "law": settings.law.value,
+            **_said_of_sampled(settings, target),
             "parameters": str(found.parameters), "target_parameters": str(found.target_parameters),
         },
     )  # fmt: skip
@@ -152,6 +149,16 @@ def _sample(settings: Settings, target: targets_at.Target, path: Path) -> Path:
         target.activation, settings.seed, found.parameters,
     )  # fmt: skip
     return path
+
+
+def _said_of_sampled(settings: Settings, target: targets_at.Target) -> dict[str, str]:
+    """What a file of sampled errors says of its settings and its target."""
+    return {
+        "format": "ltx-sampled/1", "network": target.network, "activation": target.activation,
+        "data": target.data, "target_sha256": target.digest, "base_set_size": str(settings.m),
+        "epsilon": repr(settings.epsilon), "selection": settings.selection.value, "seed": str(settings.seed),
+        "head": settings.head.value, "law": settings.law.value,
+    }  # fmt: skip
 
 
 def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
@@ -164,7 +171,7 @@ def _valid(path: Path, target: targets_at.Target, settings: Settings) -> bool:
         return False
     try:
         if path.name == "sampled.safetensors":
-            return read_checkpoint(path).metadata.get("target_sha256") == target.digest
+            return _said_of_sampled(settings, target).items() <= read_checkpoint(path).metadata.items()
         ticket = Ticket.load(path)
         low, high = target.input_range
         wanted = {"target_sha256": target.digest, "input_low": low, "input_high": high, **settings.made}

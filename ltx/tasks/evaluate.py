@@ -62,7 +62,8 @@ def run(settings: Settings) -> Path:
         made = scaling_of(how)
     result_path = _file(path, "result", settings)
     digest = file_hash(path)
-    if not settings.force and read_result(result_path, {"ticket_sha256": digest, "data": target.data, **made}):
+    there = read_result(result_path, {"ticket_sha256": digest, "data": target.data, **made})
+    if not settings.force and there and _file(path, "deviation", settings).is_file():
         log.info("%s: there already; force=true evaluates again", result_path)
         return result_path
     require_writable(result_path.parent)

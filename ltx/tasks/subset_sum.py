@@ -70,11 +70,15 @@ def flat(statistics: dict) -> dict:
 
 
 def constant_of(line: Mapping) -> str:
-    """What is known of C from a line of `flat`: `= 3.3`, a bound `> 3.3` where more than epsilon have no subset, or one
-    `< 3.3` where all have one; nothing where it has no bound."""
+    """What is known of C from a line of `flat`; nothing where it has no bound.
+
+    `= 3.3`, or `about 3.3` of so few problems that more than epsilon may have no subset; a bound `> 3.3` where more
+    than epsilon have none, or one `< 3.3` where all have one.
+    """
     value, most = line["constant"], line["constant_interval_high"]
     if not pd.isna(value):
-        return f"{'=' if line['failure_share'] <= line['epsilon'] else '>'} {value:.2f}"
+        sign = ">" if line["failure_share"] > line["epsilon"] else "about" if pd.isna(most) else "="
+        return f"{sign} {value:.2f}"
     return "" if pd.isna(most) else f"< {most:.2f}"
 
 
@@ -82,7 +86,7 @@ def summary(s: dict) -> str:
     """The statistics in one line."""
     low, high = s["failure_share_interval"]
     size = "-" if s["mean_size"] is None else f"{s['mean_size']:.3f}"  # of the solved ones
-    found = constant_of(flat(s)) or "is none, where all fail"
+    found = constant_of(flat(s)) or ("is none, where all fail" if s["failures"] else "is unknown, of so few problems")
     target = "" if s["theta"] is None else f"theta={s['theta']:g}, "
     return (
         f"{s['law']}, {s['selection']}, m={s['base_set_size']}, epsilon={s['epsilon']:g}, {target}"

@@ -114,7 +114,7 @@ def _deviation_figure(settings: Settings, digests: Mapping[str, dict], path: Pat
     if rows:
         table = _plain(pd.DataFrame(rows), settings)
         short = table.drop(columns=["target_sha256", "ticket_sha256", "kind", "data", "input_range"], errors="ignore")
-        write_text(path.with_suffix(".csv"), short.to_csv(index=False, float_format="%.5g"))
+        write_text(path.with_name(f"{path.name}.csv"), short.to_csv(index=False, float_format="%.5g"))
         figures.save(deviation.figure(table), path)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shlex
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from ltx.tasks import given
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
-_TRAINED_WITH = {"data"} | {key for key, *_, commands in SETTINGS if "train-target" in commands} - {"force"}
+_TRAINED_WITH = [key for key, *_, commands in SETTINGS if "train-target" in commands and key != "force"]
 GIVE_IT = "give it with target.checkpoint=FILE, one of your own with target.module=PACKAGE.MODULE:FACTORY as well"
 
 
@@ -166,8 +168,19 @@ def _command(settings: Settings) -> str:
     said = {
         "target": settings.target.name, "activation": settings.activation.value, "protocol": settings.protocol.name,
     }  # fmt: skip
-    more = [text for key, text in given.overrides().items() if key in _TRAINED_WITH.difference(said)]
-    return " ".join(["ltx train-target", *map(_for_a_shell, [*(override(*pair) for pair in said.items()), *more])])
+    words = [override(*pair) for pair in said.items()]
+    usual = given.usual(*words)
+    if usual is not None:
+        keys = [key for key in _TRAINED_WITH if key not in said]
+        words += [override(key, _value(settings, key)) for key in keys if _value(settings, key) != _value(usual, key)]
+    return " ".join(["ltx train-target", *map(_for_a_shell, [*words, *given.folders()])])
+
+
+def _value(settings: Settings, key: str) -> str:
+    """The value of one of _TRAINED_WITH, as it is written on the command line."""
+    value = functools.reduce(getattr, key.split("."), settings)
+    value = getattr(value, "value" if isinstance(value, Enum) else "name", value)  # of an enum, of the group data
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _for_a_shell(argument: str) -> str:
