@@ -238,7 +238,7 @@ def _hydra(command: str, overrides: list[str]) -> int:
             raise
         return _fail(f"{_line(error)}; {SEE_HELP}")
     except OSError as error:
-        return _fail(_os_error(error, "where Hydra notes a sweep with hydra.sweep.dir=DIR"))
+        return _fail(_os_error(error, "hydra.sweep.dir=DIR for what Hydra notes of a sweep"))
     except SystemExit as done:  # --cfg
         return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:
@@ -331,7 +331,7 @@ def _line(error: BaseException) -> str:
     return line + (f"; {SEE_HELP}" if isinstance(cause, ConfigAttributeError) else "")
 
 
-def _os_error(error: OSError, instead: str = "with output_dir=DIR, or data.root=DIR for data") -> str:
+def _os_error(error: OSError, other: str = "data.root=DIR for data") -> str:
     """What it says of a file that cannot be read or written, and where to have it instead.
 
     Or of the standard output, to which no more is written then.
@@ -344,7 +344,8 @@ def _os_error(error: OSError, instead: str = "with output_dir=DIR, or data.root=
     if lost:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what it still holds would fail again at the end
         return f"cannot write to the standard output: {error.strerror}"
-    return f"cannot read or write {error.filename or 'a file'}: {error.strerror}; choose another place {instead}"
+    where = f"output_dir=DIR, or {other}"
+    return f"cannot read or write {error.filename or 'a file'}: {error.strerror}; choose another place with {where}"
 
 
 def _interrupted() -> int:

@@ -83,8 +83,11 @@ def test_sampled_errors_of_the_authors_target(author, cifar_root):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((reference_dir() / "targets").glob("resnet22-*")), ids=lambda path: path.stem)
 def test_kept_targets_have_the_accuracy_they_state(cifar_root, path):
+    """One on all images, as the author's; of the others four standard errors of 2,000 of the 10,000 images."""
     said = read_checkpoint(path).metadata
-    model = target(path, said["activation"])
-    measured = accuracy(model, all_images(cifar_root))
-    assert measured == pytest.approx(float(said["accuracy"]), abs=0.05)
+    stated, split, many = float(said["accuracy"]), all_images(cifar_root), 2000
+    within = 4 * (stated * (100 - stated) / many * (1 - many / len(split))) ** 0.5
+    if said["activation"] == "sigmoid":
+        many, within = len(split), 0.05
+    assert accuracy(target(path, said["activation"]), some(split, many)) == pytest.approx(stated, abs=within)
     assert path.stat().st_size < 2_000_000

@@ -98,6 +98,7 @@ def test_figures_of_a_normal_source(ltx, monkeypatch):
 
 
 def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):
+    monkeypatch.setattr(drawing, "save", lambda figure, path: figure.draw_without_rendering())
     for epsilon, sizes in (("1e-9", range(1, 3)), ("3", range(12, 14))):
         monkeypatch.setattr(figures, "FAILURE_SIZES", sizes)
         status, _, err = ltx("figures", "m=2", "problems=2", f"epsilon={epsilon}", "device=cpu")

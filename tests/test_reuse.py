@@ -212,7 +212,7 @@ def test_output_folder_that_cannot_be_written(outputs, ltx):
     assert "cannot write /dev/null/x" in one_line(err)
     status, _, err = ltx("construct", "--multirun", *SMOKE, "seed=0,1", output_dir=Path("/dev/null/x"))
     assert status == 1
-    assert "cannot write /dev/null/x" in one_line(err)
+    assert "cannot read or write /dev/null/x" in one_line(err)
 
 
 def test_a_damaged_ticket_is_constructed_again(outputs, ltx):
