@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def _read_digits(_: Path, train: bool) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(bunch.images).float().div_(16)[:, None]  # (1797, 1, 8, 8)
     labels = torch.from_numpy(bunch.target).long()
     train_index, test_index = train_test_split(
-        torch.arange(len(labels)).numpy(), test_size=360, random_state=0, stratify=bunch.target
+        np.arange(len(labels)), test_size=360, random_state=0, stratify=bunch.target
     )
     index = torch.from_numpy(train_index if train else test_index)
     return images[index], labels[index]

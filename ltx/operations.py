@@ -57,7 +57,7 @@ def _in_two(
 
     Each factor is the sum of two numbers: x W = (low W + high rest) + high W, where low rest, 2^-20 of the result, is
     left out. The small products are summed by themselves, so that they add no rounding to the sum of the large ones.
-    Channels are filled up with zeros to as many as a GPU reads well.
+    Channels are filled up with zeros to as many as a GPU reads well. What is infinite becomes NaN.
     """
     images, channels, height, width = x.shape
     out, wide = len(weight), channels + -channels % ALIGNED

@@ -58,12 +58,14 @@ def float32(settings: tuple[_Setting, ...], value: str = EXACT) -> Iterator[None
 def _written(settings: tuple[_Setting, ...], value: str) -> Iterator[None]:
     before = [setting.read() for setting in settings]
     try:
-        for setting in settings:
-            setting.write(value)
+        for setting, was in zip(settings, before, strict=True):
+            if was != value:  # what was written once is no longer that of the settings above it
+                setting.write(value)
         yield
     finally:
         for setting, was in zip(settings, before, strict=True):
-            setting.write(was)
+            if setting.read() != was:
+                setting.write(was)
 
 
 class OfAllThreads:

@@ -147,7 +147,8 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 def _step(model: nn.Module, call: Callable[[Tensor], Tensor], data: Split, protocol: Protocol) -> Callable[..., Tensor]:
     """What gives every parameter its gradient on one batch, from `_draws`, and returns the mean loss."""
     device = data.images.device
-    amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(str(device)))
+    # without its cache, which within another autocast is never emptied: weights would stay those of the first step
+    amp = torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(str(device)), cache_enabled=False)
 
     by_onednn = contextlib.nullcontext() if call is not model or device.type != "cpu" else TanhByOneDnn()
 

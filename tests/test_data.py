@@ -88,3 +88,12 @@ def test_labels_of_no_class_are_damage(monkeypatch):
     monkeypatch.setitem(data.DATASETS, "damaged", replace(data.DATASETS["digits"], read=read))
     with pytest.raises(DataError, match="damaged: labels from 1 to 77, there are 10 classes"):
         data.load("damaged", train=True)
+
+
+def test_digits_where_tensors_are_made_elsewhere_by_default():
+    data.load.cache_clear()
+    with torch.device("meta"):
+        split = data.load("digits", train=False)
+    assert split.images.device.type == split.labels.device.type == "cpu"
+    data.load.cache_clear()
+    assert torch.equal(data.load("digits", train=False).images, split.images)

@@ -363,3 +363,16 @@ def test_tensors_that_are_negated_late():
         plain, given = x.to(kind), torch.complex(x.to(kind), -x.to(kind)).conj().imag
         assert given.is_neg()
         assert solve(given, given[:, 2], 1e-6).mask == solve(plain, plain[:, 2], 1e-6).mask == 4
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("Failed to find C compiler.\nSet CC"), FileNotFoundError()])
+def test_a_gpu_without_a_compiler(error, monkeypatch, caplog):
+    gpu = pytest.importorskip("ltx.subset_sum.gpu")
+
+    def launch(*_):
+        if error:
+            raise error
+
+    monkeypatch.setattr(gpu, "transposed", launch)
+    assert solver._kernels_run.__wrapped__("cpu") == (error is None)
+    assert ("solved on the CPU" in caplog.text) == (error is not None)

@@ -1,5 +1,6 @@
 """Training: an interrupted run ends where an unbroken one ends."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from ltx.errors import CheckpointError, LtxError
 from ltx.files import read_tensors, write_tensors
 from ltx.onednn import TanhByOneDnn
 from ltx.targets import build, prunable
+from ltx.targets.masked import MaskedLinear
 
 PROTOCOL = training.Protocol(rounds=3, epochs=1, batch_size=128, learning_rate=0.005)
 
@@ -43,6 +45,25 @@ def test_a_seed_of_the_initialisation_leaves_the_generator_alone():
     for seed in (-1, 2**64, 1.5, "a"):
         with pytest.raises(LtxError, match="seed"):
             build("mnist_cnn", "relu", seed=seed, **how)
+
+
+def test_training_within_autocast_is_the_same(splits, monkeypatch):
+    """Whose cache of weights in bfloat16 is emptied at the end of the outermost one only."""
+    monkeypatch.setattr(training, "fast_bf16", lambda _: True)
+    found = []
+    for outer in (
+        contextlib.nullcontext(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast("cpu", enabled=False),
+    ):
+        torch.manual_seed(0)
+        plain = nn.Linear(16, 10)  # without a mask: what is computed is the parameter itself
+        model = nn.Sequential(nn.Flatten(), MaskedLinear(64, 16), nn.ReLU(), plain)
+        with outer:
+            training.train(model, *splits, PROTOCOL, 0.5, seed=0)
+        found.append(plain.weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 class Stop(Exception):

@@ -6,7 +6,9 @@ same subsets bit for bit, ties included.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import math
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from ltx.errors import LtxError
 from ltx.subset_sum import by_size, halves
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE
 
+log = logging.getLogger(__name__)
 SELECTIONS = ("smallest", "best")
 CHUNK = 1 << 14  # problems at a time: what is checked and converted is still in the cache when it is solved
 GPU_VALUES = 1 << 27  # the same on a GPU, where a problem has m values
@@ -103,12 +106,30 @@ def solve(
         raise LtxError(f"subset sums: epsilon={epsilon!s:.20} must be a positive number")
     if selection == "best":
         within = -1.0  # an error that no subset reaches
-    if isinstance(values, Tensor) and values.device.type == "cuda" and importlib.util.find_spec("triton"):
+    if isinstance(values, Tensor) and values.device.type == "cuda" and _kernels_run(str(values.device)):
         return _on_gpu(values, targets, within)
     mask, size, error = _on_cpu(values, targets, within)
     if not isinstance(values, Tensor):
         return SubsetSums(mask, size, error)
     return SubsetSums(*(torch.from_numpy(a).to(values.device) for a in (mask.astype(np.int64), size, error)))
+
+
+@functools.cache
+def _kernels_run(device: str) -> bool:
+    """Whether Triton is there, and what it needs to compile: a C compiler and Python's headers."""
+    if not importlib.util.find_spec("triton"):
+        return False
+    from ltx.subset_sum import gpu
+
+    try:
+        gpu.transposed(torch.zeros(1, 1, device=device), torch.zeros(1, device=device, dtype=torch.float64))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, of a compiler that is called: of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("subset sums are solved on the CPU, kernels for the GPU do not compile here: %s", reason)
+        return False
+    return True
 
 
 def _on_cpu(values, targets, within: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
