@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
+from ltx import completion
 from ltx.errors import LtxError
 from ltx.help import FILE, PLAIN, SEE_HELP, SETTINGS, command_help, override
 
@@ -89,6 +90,8 @@ def run(arguments: list[str]) -> int:
         print(f"ltx {__version__}")
         return 0
     command = arguments[0]
+    if command == "completion":
+        return _completion(arguments[1:])
     if command not in COMMANDS:
         return _fail(f"unknown command '{command}'; there are {', '.join(COMMANDS)} (ltx --help)")
     overrides: list[str] = []
@@ -134,6 +137,19 @@ def run(arguments: list[str]) -> int:
     return status if tickets else _hydra(command, overrides)
 
 
+def _completion(arguments: list[str]) -> int:
+    """Print a shell's script, or what the script asks for."""
+    if len(arguments) == 2 and arguments[0] == "query":
+        names = sorted(file.stem for file in (conf_dir() / "experiment").glob("*.yaml"))
+        for found in completion.candidates(arguments[1], COMMANDS, names):
+            print(found)
+        return 0
+    if len(arguments) != 1 or arguments[0] not in completion.SCRIPTS:
+        return _fail(f"ltx completion SHELL prints a script for {', '.join(completion.SCRIPTS)} (see ltx --help)")
+    print(completion.SCRIPTS[arguments[0]], end="")
+    return 0
+
+
 def _as_text(argument: str) -> str:
     """A setting whose values are names, in quotes where Hydra would read a number: it writes 2026_12_01 as 20261201."""
     key, equals, value = argument.partition("=")
@@ -156,6 +172,7 @@ def _usage() -> str:
             *lines,
             "",
             "ltx COMMAND --help lists the settings, ltx COMMAND --cfg job their values.",
+            'eval "$(ltx completion bash)" in ~/.bashrc completes all of them; also for zsh, fish (| source).',
         ]
     )
 

@@ -26,7 +26,7 @@ def test_commands_and_make_targets_exist():
     inline = "\n".join(code for page in pages for code in re.findall(r"`([^`\n]+)", page))
     code = f"{blocks}\n{inline}"
     named = set(re.findall(r"^(?:LTX_DATA=\.\.\. )?ltx ([a-z][a-z-]*)", code, flags=re.MULTILINE))
-    assert {"train-target", "construct", "eval"} <= named <= set(cli.COMMANDS)
+    assert {"train-target", "construct", "eval"} <= named <= {*cli.COMMANDS, "completion"}
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^(?:LTX_DATA=\.\.\. )?make ([a-z-]+)", code, flags=re.MULTILINE))
     assert {"demo", "test", "paper-tables"} <= targets
