@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from ltx.help import FILE, SETTINGS
+from ltx.help import ACTIVATION_NAMES, FILE, SETTINGS
 
 SCRIPTS = {
     "bash": """\
@@ -42,9 +42,6 @@ compdef _ltx ltx
 }
 _FLAGS = {"--help": (), "--multirun": (), "--cfg": ("job", "hydra", "all"), "--config-dir": ()}
 _VALUE = re.compile(r"(?!positive|odd)[a-z]\w*|2L|L\+1")  # where a row of the table names one, not of what kind it is
-_ACTIVATIONS = (
-    "relu", "leaky_relu", "tanh", "sigmoid", "elu", "celu", "selu", "gelu", "silu", "softplus", "hardtanh", "identity",
-)  # fmt: skip
 
 
 def candidates(line: str, commands: Iterable[str], experiments: Sequence[str]) -> list[str]:
@@ -72,7 +69,7 @@ def candidates(line: str, commands: Iterable[str], experiments: Sequence[str]) -
     start = f"{key}={listed}," if listed else f"{key}="
     choices = values.get(key, "").split(", ")
     if key in values and key in ("activation", "experiment"):  # of which the table names some
-        choices = _ACTIVATIONS if key == "activation" else experiments
+        choices = ACTIVATION_NAMES if key == "activation" else experiments
     return _starting(word, (start + choice for choice in choices if _VALUE.fullmatch(choice)))
 
 

@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ltx.errors import LtxError
 from ltx.feedback import IMAGES, Feedback
-from ltx.help import SEE_HELP
+from ltx.help import ACTIVATION_NAMES, SEE_HELP
 from ltx.subset_sum.limits import MAX_BASE_SET_SIZE, MAX_PROBLEMS
 
 # Hydra matches enums by name, and these names are no identifiers
@@ -28,9 +28,6 @@ PairStride = Enum("PairStride", {"second": "second", "first": "first"})
 BoundsForm = Enum("BoundsForm", {"norms": "norms", "theorem": "theorem"})
 Format = Enum("Format", {"masks": "masks", "prune": "prune", "onnx": "onnx"})
 Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"})
-ACTIVATION_NAMES = (
-    "relu", "leaky_relu", "tanh", "sigmoid", "identity", "elu", "celu", "selu", "gelu", "silu", "softplus", "hardtanh",
-)  # fmt: skip
 ActivationName = Enum("ActivationName", {name: name for name in ACTIVATION_NAMES})
 
 

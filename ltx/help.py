@@ -11,6 +11,9 @@ TRAIN = ("train-target",)
 TICKET = ("construct", "eval", "verify", "certify", "export", "tables")
 BUILD = (*TICKET, "bounds")
 FILE = ("eval", "verify", "certify", "export")
+ACTIVATION_NAMES = (
+    "relu", "leaky_relu", "tanh", "sigmoid", "identity", "elu", "celu", "selu", "gelu", "silu", "softplus", "hardtanh",
+)  # fmt: skip
 SEE_HELP = "ltx COMMAND --help lists the settings"  # behind messages of settings that there are none of
 
 # key, default, values, meaning, commands that look at it

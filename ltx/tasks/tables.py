@@ -16,9 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from ltx import paths
-from ltx.config import ACTIVATION_NAMES, ActivationName, FeedbackSettings, Settings
+from ltx.config import ActivationName, FeedbackSettings, Settings
 from ltx.errors import CheckpointError, LtxError
 from ltx.files import file_hash, write_text
+from ltx.help import ACTIVATION_NAMES
 from ltx.report import deviation, figures, tables, tradeoff
 from ltx.report.variants import usual_size
 from ltx.tasks import targets_at
