@@ -296,8 +296,8 @@ def _own(settings: Settings, name: str) -> Target:
 
 def _input_range(settings: Settings, name: str) -> tuple[float, float]:
     """What an input element can be: as the settings say, else that of the data."""
-    given = settings.target.input_range
-    return data.dataset_spec(name).input_range if given is None else (given[0], given[1])
+    own = settings.target.input_range
+    return data.dataset_spec(name).input_range if own is None else (own[0], own[1])
 
 
 def _read(path: Path, settings: Settings, activation: str | None = None) -> Target:
