@@ -46,6 +46,7 @@ _FLAGS_WITH_VALUE = (
     "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn",
     "--config-dir", "-cd", "--experimental-rerun",
 )  # fmt: skip
+_INFO = ("--info", "-i")  # which may have a value
 _OVERRIDE = re.compile(r"^(~[\w@./:]+|[+]*[\w@./:]+=)")
 _NAMES = ("output_dir", "data.root", "target.checkpoint", "target.module", "ticket")  # settings that are text
 _LIKE_A_NUMBER = re.compile(r"[+-]?(\d[\w.+-]*|\.\d[\w.+-]*|inf|nan)|true|false", re.IGNORECASE)
@@ -98,10 +99,10 @@ def run(arguments: list[str]) -> int:
     flags: list[str] = []
     tickets: list[str] = []
     for before, argument in itertools.pairwise(arguments):
-        if before in _FLAGS_WITH_VALUE:
+        if before in _FLAGS_WITH_VALUE and not (before in _INFO and _OVERRIDE.match(argument)):
             flags.append(argument)
-        elif command in FILE and os.path.isfile(argument):  # which may have a = in its name
-            tickets.append(argument)
+        elif command in FILE and os.path.isfile(argument) and not _is_setting(argument):
+            tickets.append(argument)  # which may have a = in its name
         elif _OVERRIDE.match(argument):
             overrides.append(_as_text(argument))
         elif argument.startswith("-"):
@@ -150,13 +151,19 @@ def _completion(arguments: list[str]) -> int:
     return 0
 
 
+def _is_setting(argument: str) -> bool:
+    """Whether it is KEY=VALUE of a setting, and no path."""
+    key, equals, value = argument.partition("=")
+    return bool(equals) and "/" not in value and any(key.lstrip("+") == name for name, *_ in SETTINGS)
+
+
 def _as_text(argument: str) -> str:
     """A setting whose values are names, in quotes where Hydra would read a number: it writes 2026_12_01 as 20261201."""
     key, equals, value = argument.partition("=")
-    if key.lstrip("+") not in _NAMES:
+    if key.lstrip("+") not in _NAMES or set(value).intersection("'\"\\([{"):
         return argument
-    values = value.split(",")
-    return key + equals + ",".join(f"'{v}'" if _LIKE_A_NUMBER.fullmatch(v) else v for v in values)
+    names = (v.strip() for v in value.split(","))
+    return key + equals + ",".join(f"'{v}'" if _LIKE_A_NUMBER.fullmatch(v) else v for v in names)
 
 
 def _usage() -> str:
@@ -322,7 +329,8 @@ def _require_whole_sweep() -> None:
     from ltx.tasks import given
 
     hydra_config = HydraConfig.get()
-    left = [key for key in hydra_config.sweeper.get("params") or {} if key not in given.overrides()]
+    swept = (key.lstrip("+") for key in hydra_config.sweeper.get("params") or {} if not key.startswith("hydra."))
+    left = [key for key in swept if key not in given.overrides()]
     name = f"experiment={hydra_config.runtime.choices.get('experiment')}"
     if left and hydra_config.mode == RunMode.MULTIRUN:
         raise LtxError(f"{name} has a sweep of its own, over {', '.join(left)}; give one experiment at a time")

@@ -57,16 +57,17 @@ def candidates(line: str, commands: Iterable[str], experiments: Sequence[str]) -
         return _starting(word, behind)
     if last == "--config-dir":
         return _paths(word)
-    if word.startswith("-"):
-        return _starting(word, _FLAGS)
     values = {key: values for key, _, values, _, who in SETTINGS if command in who}
     key, equals, value = word.partition("=")
+    if not equals and word.startswith("-"):
+        return _starting(word, _FLAGS)
     if not equals:
         return _starting(word, (f"{key}=" for key in values)) + (_paths(word) if command in FILE else [])
-    if values.get(key) in ("FILE", "DIR"):
-        return [f"{key}={path}" for path in _paths(value)]
-    listed = value.rpartition(",")[0]  # of a sweep: A,B,
-    start = f"{key}={listed}," if listed else f"{key}="
+    start, key = f"{key}=", key.lstrip("+")
+    if key == "--config-dir" or values.get(key) in ("FILE", "DIR"):
+        return [start + path for path in _paths(value)]
+    if listed := value.rpartition(",")[0]:  # of a sweep: A,B,
+        start += f"{listed},"
     choices = values.get(key, "").split(", ")
     if key in values and key in ("activation", "experiment"):  # of which the table names some
         choices = ACTIVATION_NAMES if key == "activation" else experiments

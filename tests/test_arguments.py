@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, last_line, one_line
+from hydra._internal.hydra import Hydra
 
 from ltx import cli
 from ltx.tasks import construct, verify
@@ -21,6 +22,7 @@ def built(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2026_12_01", "1e3", "0x10", "1_0.5", ".5", "-3", "inf", "NaN", "true", "False", "a"])
 def test_names_that_look_like_numbers_are_names(name, built, ltx):
     assert ltx("construct", f"output_dir={name}")[0] == 0
@@ -37,6 +39,23 @@ def test_a_sweep_over_names(built, ltx, tmp_path):
     assert built[-1].ticket is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ('"runs,2026,x"', ["runs,2026,x"]),
+        ("'a,1,b'", ["a,1,b"]),
+        (r"a\,1", ["a,1"]),
+        ("1, 2_0 ,c", ["1", "2_0", "c"]),
+    ],
+)
+def test_commas_and_blanks_in_names(given, names, built, ltx, tmp_path):
+    status, _, err = ltx("construct", "--multirun", f"output_dir={given}", f"hydra.sweep.dir={tmp_path}")
+    assert status == 0, err
+    assert [settings.output_dir for settings in built] == names
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ticket", "target.checkpoint", "target.module", "data.root"])
 @pytest.mark.parametrize("value", ["", "' '"])
 def test_an_empty_name_is_not_one_that_was_not_given(name, value, ltx):
@@ -56,6 +75,10 @@ def test_a_ticket_whose_name_looks_like_a_setting(built, ltx, tmp_path, monkeypa
         status, _, err = ltx("verify", str(file), "m=3", output_dir=tmp_path)
         assert status == 0, err
     assert [(settings.ticket, settings.m) for settings in built] == [(str(file), 3) for file in files]
+    for setting in ("limit=5", "++limit=6"):
+        (tmp_path / setting).touch()
+        assert ltx("verify", str(files[0]), setting, output_dir=tmp_path)[0] == 0
+    assert [settings.limit for settings in built[2:]] == [5, 6]
     for given in ("ticket=a", "++ticket=a"):
         assert "both name a ticket" in one_line(ltx("verify", str(files[0]), given)[2])
 
@@ -69,6 +92,7 @@ def test_a_flag_stays_with_its_value(built, ltx, tmp_path):
     assert (built[0].m, built[0].seed) == (7, 2)
 
 
+@pytest.mark.slow
 def test_experiments_that_are_swept_themselves(built, ltx, tmp_path):
     """Hydra leaves out their own sweeps then."""
     folder = tmp_path / "conf"
@@ -87,6 +111,30 @@ def test_experiments_that_are_swept_themselves(built, ltx, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "of"), [("--info m=3", "all"), ("m=3 --info", "all"), ("--info config m=3", "config"), ("-i m=3", "all")]
+)
+def test_info_has_a_value_or_none(given, of, ltx, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        Hydra, "show_info", lambda _, info, config_name, overrides, **__: shown.append((info, overrides))
+    )
+    assert ltx("construct", *given.split(), "output_dir=x") == (0, "", "")
+    assert shown == [(of, ["m=3", "output_dir=x"])]
+
+
+@pytest.mark.slow
+def test_an_experiment_that_sweeps_over_what_it_adds(built, ltx, tmp_path):
+    experiment = tmp_path / "experiment" / "mine.yaml"
+    experiment.parent.mkdir()
+    params = '{+target.densities.relu: "0.3,0.5", ++m: "3,4", hydra.job.chdir: false}'
+    experiment.write_text(f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n")
+    given = ("construct", "--multirun", f"hydra.sweep.dir={tmp_path}", "--config-dir", str(tmp_path))
+    status, _, err = ltx(*given, "experiment=mine")
+    assert status == 0, err
+    assert [(s.target.densities["relu"], s.m) for s in built] == [(0.3, 3), (0.3, 4), (0.5, 3), (0.5, 4)]
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--cfg", "foo"], "argument --cfg/-c: invalid choice: 'foo'"),
@@ -100,6 +148,33 @@ def test_flags_that_are_refused(flags, message, ltx):
     assert message in one_line(err)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "given", "advised"),
+    [
+        ({"target/my": "defaults: [digits]\nname: mine\n"}, ["target=my"], ["target=my"]),
+        ({"protocol/three": "name: long\nrounds: 2\nepochs: 3\n"}, ["protocol=three"], ["protocol=three"]),
+        ({"target/my": "defaults: [digits]\nlearning_rate: ???\n"}, ["target=my", "target.learning_rate=0.02"],
+         ["target=my", "target.learning_rate=0.02"]),
+        ({}, ["target=digits", "target.name=other"], ["target=digits", "target.name=other"]),
+        ({}, ["target=digits", "target.network=resnet22"], ["target=digits", "target.network=resnet22"]),
+    ],
+)  # fmt: skip
+def test_the_missing_target_of_groups_of_ones_own(files, given, advised, ltx, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.yaml").write_text(text)
+    folder = ("--config-dir", str(tmp_path)) if files else ()
+    status, _, err = ltx("construct", *given, *folder)
+    assert status == 1
+    assert "no target at" in one_line(err)
+    command = one_line(err).split("train it with: ltx ")[1].split()
+    assert command[0] == "train-target"
+    assert set(advised) <= set(command)
+    assert ("--config-dir" in command) == bool(files)
+
+
+@pytest.mark.slow
 def test_the_missing_target_of_an_experiment_of_ones_own(ltx, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     experiment = tmp_path / "c" / "experiment" / "mine.yaml"

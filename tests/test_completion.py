@@ -33,12 +33,15 @@ def test_commands_settings_and_values(offered):
     assert offered("ltx eval activation=relu,t") == ["activation=relu,tanh"]
     assert "experiment=mnist_tables" in offered("ltx construct experiment=")
     assert offered("ltx construct --c") == ["--cfg", "--config-dir"]
+    assert offered("ltx construct ++activation=relu,gel") == ["++activation=relu,gelu"]
+    assert offered("ltx subset-sum selection=") == ["selection=smallest", "selection=best"]
     assert offered("ltx construct --cfg ") == ["job", "hydra", "all"]
     assert offered("ltx completion ") == list(SCRIPTS)
     for line in ("construct m=", "bench experiment=", "page activation=", "no m", "completion zsh "):
         assert offered(f"ltx {line}") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_value_that_is_offered_is_one(command, offered):
     keys = [key for key in offered(f"ltx {command} ") if key.endswith("=")]
@@ -62,6 +65,7 @@ def test_files(offered, tmp_path, monkeypatch):
         assert offered(rf"ltx verify {given}my\ [outputs]/") == [f"{given}my [outputs]/a=1.safetensors"]
     assert offered("ltx construct my") == []
     assert offered("ltx construct --config-dir my") == ["my [outputs]/"]
+    assert offered("ltx construct --config-dir=my") == ["--config-dir=my [outputs]/"]
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)

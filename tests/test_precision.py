@@ -42,13 +42,16 @@ SET = [
     "torch.backends.cuda.matmul.allow_tf32 = True", "cudnn.conv.fp32_precision = 'ieee'",
     "cudnn.conv.fp32_precision = 'tf32'", "cudnn.fp32_precision = 'ieee'", "torch.backends.fp32_precision = 'ieee'",
     "torch.backends.fp32_precision = 'tf32'",
+    # what was left alone still follows the setting above it
+    "torch.backends.fp32_precision = 'ieee'\nwith exact_convolutions, exact_products: pass\n"
+    "torch.backends.fp32_precision = 'tf32'\nassert set(read()) == {TF32}",
 ]  # fmt: skip
 CHECK = """
 import os
 import sys
 import torch
 from torch.backends import cudnn
-from ltx.precision import CONVOLUTIONS, PRODUCTS, EXACT, TF32, float32
+from ltx.precision import CONVOLUTIONS, PRODUCTS, EXACT, TF32, exact_convolutions, exact_products, float32
 
 def read():
     return [setting.read() for setting in (*CONVOLUTIONS, *PRODUCTS)]
@@ -70,6 +73,7 @@ for how in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_precision_is_set_back_however_it_was_set():
     """By the newer names or the older ones, of which PyTorch refuses to read one behind the other."""

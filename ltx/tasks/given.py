@@ -7,8 +7,11 @@ import os
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from ltx.config import Settings, settings_from
+from ltx.errors import LtxError
 
 
 def overrides() -> dict[str, str]:
@@ -26,8 +29,16 @@ def folders() -> list[str]:
     return [word for s in sources if s.provider == "command-line" for word in ("--config-dir", os.path.relpath(s.path))]
 
 
+def choices() -> dict[str, str]:
+    """Group -> the name of the file that was chosen of it."""
+    return dict(HydraConfig.get().runtime.choices) if HydraConfig.initialized() else {}
+
+
 def usual(*overrides: str) -> Settings | None:
-    """The settings of a command that is given these alone; None outside of a command."""
+    """The settings of a command that is given these alone; None outside of a command, or where it needs more."""
     if not GlobalHydra.instance().is_initialized():
         return None
-    return settings_from(compose("config", overrides=list(overrides)))
+    try:
+        return settings_from(compose("config", overrides=list(overrides)))
+    except (LtxError, HydraException, OmegaConfBaseException):
+        return None

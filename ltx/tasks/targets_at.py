@@ -23,6 +23,7 @@ from ltx.tasks import given
 from ltx.ticket import Ticket
 
 log = logging.getLogger(__name__)
+_KNOWN = {key for key, *_ in SETTINGS}
 _TRAINED_WITH = [key for key, *_, commands in SETTINGS if "train-target" in commands and key != "force"]
 GIVE_IT = "give it with target.checkpoint=FILE, one of your own with target.module=PACKAGE.MODULE:FACTORY as well"
 
@@ -165,14 +166,16 @@ def _named(settings: Settings) -> Target:
 
 def _command(settings: Settings) -> str:
     """What trains the target that `paths.target_file` names, where the command looks for it."""
-    said = {
-        "target": settings.target.name, "activation": settings.activation.value, "protocol": settings.protocol.name,
-    }  # fmt: skip
+    chosen = {"target": settings.target.name, "protocol": settings.protocol.name} | given.choices()
+    said = {"target": chosen["target"], "activation": settings.activation.value, "protocol": chosen["protocol"]}
     words = [override(*pair) for pair in said.items()]
-    usual = given.usual(*words)
+    usual, keys = given.usual(*words), [key for key in _TRAINED_WITH if key not in said]
     if usual is not None:
-        keys = [key for key in _TRAINED_WITH if key not in said]
         words += [override(key, _value(settings, key)) for key in keys if _value(settings, key) != _value(usual, key)]
+    words += [
+        text for key, text in given.overrides().items()
+        if (usual is None and key in keys) or (key.startswith(("target.", "protocol.")) and key not in _KNOWN)
+    ]  # fmt: skip
     return " ".join(["ltx train-target", *map(_for_a_shell, [*words, *given.folders()])])
 
 
