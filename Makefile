@@ -42,13 +42,13 @@ test-slow:  ## the slow tests
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-test-lowest:  ## the default tests with the oldest versions that pyproject.toml allows, in .venv-lowest
+test-lowest:  ## all tests with the oldest versions that pyproject.toml allows, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) scripts/lowest_versions.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
 	  --constraint .venv-lowest/constraints.txt
 	touch .venv-lowest/.installed
-	$(MAKE) test VENV=.venv-lowest
+	$(MAKE) test VENV=.venv-lowest MARKED="not gpu"
 
 lint: setup  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -56,6 +56,7 @@ def test_the_chances_of_failure_add_up_to_delta(construction, law):
     assert 0.01 < signs <= 0.05
 
 
+@pytest.mark.slow
 @either
 @pytest.mark.parametrize("phi", [nn.ReLU, nn.Tanh])
 def test_a_row_that_makes_constants_reads_some_of_them(phi, law):
@@ -93,6 +94,7 @@ def failures(construction, law, many):
     return failed
 
 
+@pytest.mark.slow
 @both
 @either
 def test_guaranteed_sources_hold_the_ticket(construction, law):

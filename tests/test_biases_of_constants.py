@@ -92,6 +92,7 @@ def test_a_share_of_a_pair_s_constants(law):
     assert size(1.2 * share) > size(0.99 * share) + 3
 
 
+@pytest.mark.slow
 @both
 @either
 def test_guaranteed_sources_hold_biases_beyond_their_constants(construction, law):

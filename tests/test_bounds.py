@@ -11,6 +11,7 @@ from ltx import __version__
 both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 
 
+@pytest.mark.slow
 @both
 def test_the_command_shows_what_is_guaranteed_beside_what_was_used(construction, ltx, tmp_path):
     given = ["target=digits", "protocol=smoke"]
@@ -45,6 +46,7 @@ def test_the_command_shows_what_is_guaranteed_beside_what_was_used(construction,
     assert "there already" not in ltx(*same, "force=true", output_dir=tmp_path)[2]
 
 
+@pytest.mark.slow
 def test_the_command_gives_back_what_it_guarantees(ltx, tmp_path):
     """m and epsilon of the guarantee, put in the other way round, fail with a probability of delta at most."""
     given = ["target=digits", "protocol=smoke", "construction=L+1", "bounds.delta=0.05"]

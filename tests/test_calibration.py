@@ -9,6 +9,7 @@ from ltx.constructions import feedback
 from ltx.constructions.calibration import gather
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("construction", ["2L", "L+1"])
 @pytest.mark.parametrize("batch_norm", ["keep", "fold"])
 def test_values_at_samples_are_those_of_all_positions(monkeypatch, construction, batch_norm):

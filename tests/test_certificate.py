@@ -84,6 +84,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("phi", [nn.ReLU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.GELU()], ids=lambda p: type(p).__name__)
@@ -108,6 +109,7 @@ def test_other_networks_in_boxes_and_points(name, phi, construction, head):
         assert (found <= alone.high + 1e-12).all()
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("name", ODD)
 def test_graphs_that_are_no_chains(name, construction):
@@ -265,6 +267,7 @@ def test_the_command(construction, ltx, tmp_path, monkeypatch):
     assert written.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "softplus"])
 @pytest.mark.parametrize("construction", ["2L", "L+1"])
 def test_passes_back_from_later_activations_hold_at_every_pixel(construction, activation):

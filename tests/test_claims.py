@@ -15,6 +15,7 @@ everywhere = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"
 FEW = Feedback(samples=400)
 
 
+@pytest.mark.slow
 @everywhere
 @both
 @pytest.mark.parametrize("batch_norm", ["keep", "fold"])
@@ -34,6 +35,7 @@ def test_rows_compute_what_the_ticket_claims(activation, construction, batch_nor
     assert (plain.ok, plain.rows) == (True, 0)
 
 
+@pytest.mark.slow
 @both
 def test_claims_of_targets_that_hardly_vary(construction):
     """One image: what is left of opposite rows, phi(0) +- phi'(0) x scaled up, is float32's rounding."""
@@ -83,6 +85,7 @@ def of_one_image(activation, construction, seed):
     return model, shown, ticket
 
 
+@pytest.mark.slow
 @both
 def test_false_claims_are_found(construction):
     model, shown = small_resnet(), images(64, 8)

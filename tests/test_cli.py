@@ -65,6 +65,7 @@ def test_help_states_the_settings_as_they_are(ltx):
     assert set(config) <= seen | {"data"}
 
 
+@pytest.mark.slow
 def test_several_tickets_are_each_looked_at(outputs, ltx, tmp_path):
     ticket = next((outputs / "tickets").glob("*/*/ticket.safetensors"))
     other = tmp_path / "other" / "ticket.safetensors"
@@ -198,6 +199,7 @@ def test_a_sweep_without_values_is_not_done(sweep, hint, ltx):
     assert hint in err
 
 
+@pytest.mark.slow
 def test_a_glob_that_finds_files_is_a_sweep(outputs, ltx, tmp_path):
     status, out, _ = ltx("construct", "--multirun", *SMOKE, "protocol=glob(smo*)", output_dir=outputs)
     assert (status, len(out.splitlines())) == (0, 1)
@@ -261,6 +263,7 @@ def test_eval_of_a_fixed_random_subset(outputs, ltx):
     assert json.loads(last_line(out).read_text())["examples"] == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["L+1", "sampled"])
 @pytest.mark.parametrize("head", ["keep", "construct"])
 def test_layers_without_a_weight_above_epsilon_are_named(how, head, outputs, ltx, tmp_path):
@@ -291,6 +294,7 @@ def printed(monkeypatch, encoding, errors, *arguments):
         return sys.stdout.buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "errors"), ENCODINGS)
 def test_an_output_that_lacks_the_signs_of_a_table(outputs, ltx, tmp_path, monkeypatch, encoding, errors):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
@@ -341,6 +345,7 @@ def test_from_a_notebook_whose_backend_is_not_here(outputs):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_tables_are_written_although_nobody_reads_the_output(outputs, ltx, monkeypatch, tmp_path):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
 
@@ -363,7 +368,8 @@ def test_file_names_with_blanks_and_quotes(outputs, ltx, tmp_path):
     assert ltx("verify", str(odd), f"output_dir={outputs}")[0] == 0
 
 
-def test_every_experiment_composes(ltx, monkeypatch):
+@pytest.mark.slow
+def test_every_experiment_composes(ltx, monkeypatch, tmp_path):
     monkeypatch.setattr(construct, "run", lambda settings: settings.target.network)
     monkeypatch.setattr(tables, "run", lambda settings: settings.target.network)
     for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
@@ -372,6 +378,9 @@ def test_every_experiment_composes(ltx, monkeypatch):
         assert out in ("mnist_cnn\n", "resnet22\n")
         assert f"experiment={path.stem} is a sweep, of which this is one run: add --multirun for all" in one_line(err)
         assert ltx("tables", f"experiment={path.stem}") == (0, out, "")
+        status, out, err = ltx("construct", "--multirun", f"experiment={path.stem}", f"hydra.sweep.dir={tmp_path}")
+        assert (status, len(out.splitlines()) > 1) == (0, True), err
+        assert "ltx:" not in err
 
 
 def test_environment_is_left_as_it_was(ltx, monkeypatch):

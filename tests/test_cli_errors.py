@@ -94,6 +94,7 @@ def test_a_gpu_where_there_is_none(ltx, tmp_path):
     assert "no CUDA device" in one_line(err)
 
 
+@pytest.mark.slow
 def test_a_file_and_settings_of_another_ticket(ltx, tmp_path):
     """Which would be taken for a stricter check, or for another ticket, than the one that is looked at."""
     given = ("target=digits", "protocol=smoke")
@@ -120,6 +121,7 @@ def test_a_file_and_settings_of_another_ticket(ltx, tmp_path):
     assert ltx("verify", str(alone), "head=construct")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_command_that_trains_a_missing_target_is_the_one_that_helps(ltx, tmp_path):
     """Also where it is sought in a folder of its own, of a seed and with settings of training of its own."""
     where = tmp_path / "outputs in ü, b(c), 'd'"

@@ -78,6 +78,7 @@ def test_batch_norm_behind_it_is_folded(construction):
     assert float(deviation(model, ticket, images(8, 8)).max()) < 0.1
 
 
+@pytest.mark.slow
 def test_feedback_certificates_theorems_and_export():
     model, x = folding(), images(64, 8)
     graph = trace(model)

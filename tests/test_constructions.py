@@ -208,6 +208,7 @@ def test_layer_max_reaches_parameters_beyond_one():
     assert ticket.layer("2").sigma >= float(model[2].masked()[0].detach().abs().max())
 
 
+@pytest.mark.slow
 def test_unreachable_parameters_are_an_error_that_helps():
     model = small_cnn("tanh")
     # 2L fails in layer 2, L+1 in the pair in front, which 2L has too
@@ -343,6 +344,7 @@ def test_padding_that_every_tap_sees_is_refused():
         assert verify(construct(bias_behind, construction=construction, base_set_size=20), bias_behind).ok
 
 
+@pytest.mark.slow
 def test_constants_that_are_too_small_are_no_matter_of_scaling():
     """A row that sums -0.09 to 1; what another batch norm would make of it is another matter."""
     model = nn.Sequential(
@@ -365,6 +367,7 @@ def test_constants_that_are_too_small_are_no_matter_of_scaling():
         construct(model, base_set_size=3, epsilon=0.05, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("construction", ["2L", "L+1"])
 def test_a_network_serves_wherever_its_graph_does(construction):
     model, x = small_cnn("tanh"), images()

@@ -147,6 +147,7 @@ with torch.no_grad():
     ODD["constants near 0"].n.bias.fill_(0.12)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("name", list(ODD))
 def test_odd_graphs(construction, name):

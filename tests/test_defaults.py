@@ -111,6 +111,7 @@ def settings():
     return torch.get_default_dtype(), torch.empty(0).device, *gradients, torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_results_do_not_depend_on_what_is_set_for_all_of_pytorch(setting, usual, tmp_path):
     model, images, expected = usual

@@ -67,6 +67,7 @@ def test_the_state_dict_holds_the_source_and_the_mask(construction):
     assert {name for name in state if name.startswith("given.")} == {f"given.{name}" for name in ticket.given}
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(("make", "size", "how"), CASES[2:])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -120,6 +121,7 @@ def test_onnx_without_its_packages(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command(ltx, tmp_path):
     given = ["target=digits", "protocol=smoke", "construction=2L"]
     for command in ("train-target", "construct"):
@@ -165,6 +167,7 @@ def test_the_command(ltx, tmp_path):
     assert "no such file" in one_line(err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masks", "prune"])
 def test_a_full_disk(ltx, tmp_path, kind):
     resource = pytest.importorskip("resource")
@@ -184,6 +187,7 @@ def test_a_full_disk(ltx, tmp_path, kind):
     assert set(path.parent.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_onnx_is_of_the_images_of_the_target(ltx, tmp_path, monkeypatch):
     given = ["target=digits", "protocol=smoke"]
     for command in ("train-target", "construct"):

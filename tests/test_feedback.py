@@ -45,6 +45,7 @@ def test_layers_without_parameters(construction, empty):
     assert (ours - theirs).abs().max() <= 0.3 * theirs.abs().max()
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("bound", [None, 0.05])
 def test_channels_that_batch_norm_multiplies_by_0(construction, bound):
@@ -72,6 +73,7 @@ def test_a_layer_that_leaves_a_channel_unread():
         assert off < 0.1 * model(images(64, seed=5)).std()
 
 
+@pytest.mark.slow
 def test_slots_deviate_less_than_those_of_the_smallest_subsets():
     model = small_resnet("tanh", blocks=2, width=4)
     graph = trace(model)
@@ -86,6 +88,7 @@ def test_slots_deviate_less_than_those_of_the_smallest_subsets():
     assert chosen.parameters < 1.2 * smallest.parameters
 
 
+@pytest.mark.slow
 def test_narrow_layers_have_more_slots():
     model, shown = small_resnet("tanh", blocks=2, width=2), images(64, 8)
     for spread, most in ((0.0, 8), (0.5, 16), (1.0, 32)):
@@ -97,6 +100,7 @@ def test_narrow_layers_have_more_slots():
         assert torch.bincount(read).max() == most
 
 
+@pytest.mark.slow
 def test_lambda_trades_size():
     model, shown = small_resnet(blocks=1, width=4), images(64, 8)
     sizes = []
@@ -111,6 +115,7 @@ def test_lambda_trades_size():
     assert sizes[-1] < 0.5 * sizes[0]
 
 
+@pytest.mark.slow
 @both
 def test_rows_that_are_much_worse_than_others_are_given_up(construction):
     model, shown = small_resnet(), images(64, 8)

@@ -46,6 +46,7 @@ def test_a_curve_that_falls_to_no_failure_at_all_shows_no_crossing():
     assert math.isnan(FailureCurve("uniform", 0.1, 10, (6, 7), (0, 0)).fitted_constant)
 
 
+@pytest.mark.slow
 def test_figures_command(ltx, monkeypatch):
     monkeypatch.setattr(figures, "FAILURE_SIZES", range(4, 8))
     status, out, err = ltx("figures", "m=6", "problems=400", "device=cpu")
@@ -97,6 +98,7 @@ def test_figures_of_a_normal_source(ltx, monkeypatch):
     assert len(drawn) == 6
 
 
+@pytest.mark.slow
 def test_figures_of_problems_that_all_fail_or_none(ltx, monkeypatch):
     monkeypatch.setattr(drawing, "save", lambda figure, path: figure.draw_without_rendering())
     for epsilon, sizes in (("1e-9", range(1, 3)), ("3", range(12, 14))):

@@ -57,6 +57,7 @@ def test_intervals_are_rounded_outwards():
     assert Fraction(found.low.item()) <= Fraction(weight) * Fraction(low)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("phi", [nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU])
 def test_boxes_far_beyond_the_input_range(phi, construction):

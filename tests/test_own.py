@@ -49,6 +49,7 @@ def narrow(name, width):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("construction", ["2L", "L+1"])
 @pytest.mark.parametrize(
     ("name", "width"), [("resnet18", 16), ("resnet34", 32), ("vgg11_bn", 32), ("squeezenet1_1", 16)]

@@ -9,6 +9,7 @@ from ltx.graph import trace
 from ltx.targets import imported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 0.05])
 def test_a_certificate_with_feedback(own, ltx, tmp_path, bound):
     given = ["target=digits", f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max",
@@ -46,6 +47,7 @@ def test_what_float32_rounds_is_no_error_of_the_certificate(own, ltx, tmp_path):
     assert "(largest error 0.000000)" not in ltx("verify", *given)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", ["keep", "fold"])
 def test_a_tight_bound_is_of_the_rounded_target(own, batch_norm, ltx, tmp_path):
     """Outputs that hardly change have bounds without room for what float32 rounds of batch norm's parameters."""

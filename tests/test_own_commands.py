@@ -16,6 +16,7 @@ from ltx.targets import imported
 from ltx.ticket import Ticket
 
 
+@pytest.mark.slow
 def test_the_command(own, ltx, tmp_path):
     given = ["target=digits", f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max"]
     status, out, err = ltx("construct", *given, "construction=2L")
@@ -56,6 +57,7 @@ def test_bounds_are_of_the_network_that_is_approximated(own, ltx):
     assert allowed[0] != pytest.approx(allowed[1], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "masks", "prune", "parallel", "called module"])
 def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
     name = f"{own}:{'Wrapped' if kind == 'called module' else 'make'}"
@@ -86,6 +88,7 @@ def test_checkpoints_with_masks(own, kind, ltx, tmp_path):
     assert ticket.target_sha256 == trace(whole).digest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -115,6 +118,7 @@ def test_bad_modules(given, message, own, ltx, tmp_path):
     assert not list(tmp_path.glob("tickets"))
 
 
+@pytest.mark.slow
 def test_modules_that_have_no_meaning(own, ltx, tmp_path):
     for command, given, message in (
         ("train-target", [], "train-target: target.module names a network of your own"),
@@ -140,6 +144,7 @@ def test_what_a_factory_prints_is_no_path(own, ltx, tmp_path):
     assert "made\n" in err
 
 
+@pytest.mark.slow
 def test_data_that_do_not_fit(own, ltx, tmp_path):
     given = [f"target.module={own}:make", "head=construct", "m=20", "scaling=layer_max", "construction=2L"]
     status, out, err = ltx("construct", "target=digits", *given)
@@ -165,6 +170,7 @@ def test_data_that_do_not_fit(own, ltx, tmp_path):
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
 
 
+@pytest.mark.slow
 def test_results_on_other_data_are_others(own, ltx, tmp_path, monkeypatch):
     """No file says which data a network of one's own is for."""
     monkeypatch.setitem(data.DATASETS, "elsewhere", data.DATASETS["digits"])
@@ -192,6 +198,7 @@ def test_results_on_other_data_are_others(own, ltx, tmp_path, monkeypatch):
             assert (status, "there already" in err) == (0, there), (command, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["make", "two_functions"])
 def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factory):
     """They are not the paper's networks, whatever their data: its values do not stand beside theirs."""
@@ -223,6 +230,7 @@ def test_tables_of_a_network_of_ones_own(own, ltx, tmp_path, monkeypatch, factor
     assert "nowhere" in err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_outputs_that_are_images(own, ltx, tmp_path):
     given = ["target=digits", f"target.module={own}:spatial", "head=construct", "m=20", "scaling=layer_max"]
     status, out, err = ltx("construct", *given)
@@ -260,6 +268,7 @@ def test_folding_without_batch_norm_has_no_meaning(own, command, ltx, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
 
 
+@pytest.mark.slow
 def test_how_to_give_the_target_of_a_ticket_is_said(own, ltx, tmp_path):
     given = ["target=digits", "head=construct", "m=20", "scaling=layer_max", "construction=2L"]
     status, out, err = ltx("construct", *given, f"target.module={own}:make")

@@ -122,6 +122,7 @@ def test_numbers_in_names_are_in_their_order(tmp_path, ltx):
     assert "tables/table2-b%20%231.md" in found.links
 
 
+@pytest.mark.slow
 def test_statistics_bounds_and_targets(outputs, ltx, tmp_path):
     folder = tmp_path / "all of it"
     shutil.copytree(outputs, folder)

@@ -25,6 +25,7 @@ SUMS = ["law=product", "selection=best", "m=12", "epsilon=0.02", "problems=50", 
 WITHOUT = ["device=cpu", "force=true", "use_reference=false", "limit=5", "compile=true", "data.root=x", "seconds=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "different"),
     [

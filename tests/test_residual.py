@@ -23,6 +23,7 @@ both = pytest.mark.parametrize("construction", ["2L", "L+1"])
 kept_or_folded = pytest.mark.parametrize("batch_norm", ["keep", "fold"])
 
 
+@pytest.mark.slow
 @everywhere
 @both
 @kept_or_folded
@@ -105,6 +106,7 @@ def run_whole(ticket, x, garbage):
     return values["output"]
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
 @pytest.mark.parametrize("head", ["keep", "construct"])
@@ -261,6 +263,7 @@ def test_projections_are_told_from_other_layers():
     ]
 
 
+@pytest.mark.slow
 def test_the_account_of_deviations():
     model = small_resnet("tanh", blocks=3, width=3)
     graph = trace(model)

@@ -25,6 +25,7 @@ def test_kept_targets_serve_the_default_settings(ltx, tmp_path, activation):
     assert (status, "there already" in err) == (0, True)
 
 
+@pytest.mark.slow
 def test_training_that_was_interrupted_goes_on_or_with_force_begins_anew(outputs, ltx, monkeypatch, tmp_path):
     plain = training.train
 
@@ -80,6 +81,7 @@ def test_a_kept_target_serves_what_asks_for_no_more(key, value, serves, tmp_path
     assert found == (kept if serves else None)
 
 
+@pytest.mark.slow
 def test_a_target_depends_on_its_seed_alone(outputs, ltx):
     torch.manual_seed(9)  # whatever the process drew before
     found = []
@@ -91,6 +93,7 @@ def test_a_target_depends_on_its_seed_alone(outputs, ltx):
     assert found[0] == first != found[1]
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_place_of_a_ticket_has_to_be_that_ticket(outputs, ltx, tmp_path):
     shutil.copytree(outputs, tmp_path, dirs_exist_ok=True)
     ticket = last_line(ltx("construct", *SMOKE)[1])
@@ -107,6 +110,7 @@ def test_what_lies_in_the_place_of_a_ticket_has_to_be_that_ticket(outputs, ltx, 
     assert ticket.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_path):
     """As after a copy of the ticket alone: tables need to know how it was made."""
     target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
@@ -143,6 +147,7 @@ def test_a_ticket_without_its_account_is_constructed_again(outputs, ltx, tmp_pat
     assert "20 test images" in " ".join(out.split())  # in the note
 
 
+@pytest.mark.slow
 def test_a_ticket_is_written_last(outputs, ltx, tmp_path, monkeypatch):
     """Whatever cuts a construction off, where the ticket is the rest is too."""
     target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
@@ -158,6 +163,7 @@ def test_a_ticket_is_written_last(outputs, ltx, tmp_path, monkeypatch):
     assert ltx("construct", *given)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("construction", ["L+1", "sampled"])
 def test_other_inputs_are_another_ticket(outputs, ltx, construction):
     """target.input_range decides how a ticket is made, so that one made for another range does not serve."""
@@ -233,6 +239,7 @@ def test_a_checkpoint_of_another_network_is_refused(ltx):
     assert "is a mnist_cnn for mnist, target=resnet22 is a resnet22" in one_line(err)
 
 
+@pytest.mark.slow
 def test_a_target_of_other_data_or_another_network_does_not_serve(outputs, ltx):
     for given, difference in (
         ("target.network=resnet22", "network mnist_cnn, now resnet22"),
@@ -282,6 +289,7 @@ def test_damaged_accounts_of_training(outputs, ltx, tmp_path):
         assert "train again with force=true" in one_line(err)
 
 
+@pytest.mark.slow
 def test_a_ticket_of_other_settings_in_the_folder_does_not_serve(outputs, ltx, tmp_path):
     target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
     given = ["construct", *SMOKE, f"target.checkpoint={target}", "selection=feedback", "feedback.samples=50"]

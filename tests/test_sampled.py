@@ -121,6 +121,7 @@ def test_the_first_layer_gets_errors_of_products(activation, low, sets, law, mon
     assert found.parameters == copies + m * sets * 5 * counts["conv"] + m * 2 * between + 2 * counts["fc"]
 
 
+@pytest.mark.slow
 def test_sampled_errors_and_what_stands_beside_them(outputs, ltx, tmp_path):
     given = (*SMOKE, f"target.checkpoint={outputs / 'targets/digits-relu-smoke-seed0/target.safetensors'}")
     _, out, _ = ltx("construct", *given, "construction=sampled")

@@ -191,6 +191,7 @@ def test_the_theorem_counts_positions():
     assert (one["a"], other["a"]) == (2 * sizes[0], 5 * sizes[0])  # the image and the constant; four positions of it
 
 
+@pytest.mark.slow
 def test_the_command(ltx, tmp_path):
     given = ("construct", "target=digits", "protocol=smoke", "construction=2L", "pair.kernel=3", "pair.stride=first")
     status, _, err = ltx("train-target", "target=digits", "protocol=smoke")

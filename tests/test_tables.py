@@ -110,6 +110,7 @@ def test_the_papers_values_stay_with_a_kept_head():
         assert "paper" not in table(results().assign(head="construct")).csv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [{"base_set_size": 12}, {"epsilon": 0.05}, {"selection": "best"}, {"law": "normal"}, {"scaling": "layer_max"},

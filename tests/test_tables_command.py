@@ -15,6 +15,7 @@ from ltx.config import FeedbackSettings
 from ltx.tasks import tables as task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "kind", "sums"),
     [
@@ -71,6 +72,7 @@ def without(entry, key):
     return {name: value for name, value in entry.items() if name != key}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "smallest", "best", "any_sums"),  # in the tables of that selection, in the figure of deviations
     [
@@ -162,6 +164,7 @@ def test_sampled_errors_are_in_no_table_of_another_source(other, tmp_path):
     assert entries([tmp_path], ["result.json"], other, digests={"a": {}}) == []
 
 
+@pytest.mark.slow
 def test_tables_say_which_target_is_not_the_one_of_the_settings(outputs, ltx):
     status, _, err = ltx("tables", *SMOKE, "target.density=0.5", f"output_dir={outputs}")
     assert status == 1
@@ -169,6 +172,7 @@ def test_tables_say_which_target_is_not_the_one_of_the_settings(outputs, ltx):
     assert "its results are left out" in err
 
 
+@pytest.mark.slow
 def test_tables_leave_out_results_of_another_ticket(outputs, ltx, tmp_path):
     target = outputs / "targets/digits-relu-smoke-seed0/target.safetensors"
     given = [*SMOKE, f"target.checkpoint={target}"]
@@ -192,6 +196,7 @@ def test_tables_leave_out_results_of_another_ticket(outputs, ltx, tmp_path):
     assert sorted(pd.read_csv(tmp_path / "tables" / "results-digits-relu-smoke-seed0.csv").seed) == [0, 1]
 
 
+@pytest.mark.slow
 def test_tables_leave_out_files_that_are_no_results(outputs, ltx, tmp_path):
     given = [*SMOKE, f"target.checkpoint={outputs / 'targets/digits-relu-smoke-seed0/target.safetensors'}"]
     for seed in (0, 1):
@@ -208,6 +213,7 @@ def test_tables_leave_out_files_that_are_no_results(outputs, ltx, tmp_path):
         assert pd.read_csv(tmp_path / "tables" / "results-digits-relu-smoke-seed0.csv").seed.tolist() == [0]
 
 
+@pytest.mark.slow
 def test_tables_say_that_a_target_is_damaged(outputs, ltx, tmp_path):
     shutil.copytree(outputs, tmp_path, dirs_exist_ok=True)
     assert ltx("tables", *SMOKE)[0] == 0
@@ -218,6 +224,7 @@ def test_tables_say_that_a_target_is_damaged(outputs, ltx, tmp_path):
     assert (status, f"{damaged}: " in err, "its results are left out" in err) == (0, True, True)
 
 
+@pytest.mark.slow
 def test_tables_say_which_results_they_leave_out(outputs, ltx, tmp_path):
     shutil.copytree(outputs, tmp_path / "again", ignore=shutil.ignore_patterns("tables"))
     again = f"output_dir={tmp_path / 'again'}"
@@ -232,6 +239,7 @@ def test_tables_say_which_results_they_leave_out(outputs, ltx, tmp_path):
             assert (left in (tmp_path / f"again/tables/table{number}-digits.md").read_text()) == out
 
 
+@pytest.mark.slow
 def test_tables_of_another_scaling_have_names_of_their_own(outputs, ltx):
     given = ("target=digits", "protocol=smoke", "construction=L+1", "scaling=layer_max")
     for command in ("construct", "eval", "tables"):
@@ -242,6 +250,7 @@ def test_tables_of_another_scaling_have_names_of_their_own(outputs, ltx):
     assert "scaling" not in (outputs / "tables" / "table1-digits.md").read_text()
 
 
+@pytest.mark.slow
 def test_tables_say_what_could_not_be_constructed(outputs, ltx):
     settings = ("target=digits", "protocol=smoke", "epsilon=0.002", "m=9", "construction=2L")
     assert ltx("construct", *settings, "seed=5", output_dir=outputs)[0] == 1

@@ -89,6 +89,7 @@ def test_resumed_run_equals_unbroken_run(splits, tmp_path):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mnist_cnn", "resnet22"])
 def test_a_run_killed_within_a_round_equals_an_unbroken_run(splits, tmp_path, monkeypatch, network):
     """A checkpoint after every epoch holds the optimizer, batch norm's statistics and the place in the schedule."""
