@@ -229,6 +229,26 @@ def test_a_bias_that_is_left_out_has_no_say_in_how_constants_are_made():
     assert ways == [(False, False, True), (True, True, False)]
 
 
+class Doubled(nn.Module):
+    """A sum of a node and of what is made of it, many times over."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        for _ in range(60):
+            x = x + torch.tanh(x)
+        return self.b(x)
+
+
+def test_constants_behind_many_sums_take_no_longer_than_there_are_nodes():
+    """Each sum reads its own past twice: to follow both each time would take 2^60 steps."""
+    (made,) = layout(trace(Doubled().eval()), 1e-6, kept=()).constants.values()
+    assert made.sums
+
+
 @both
 @pytest.mark.parametrize(
     ("model", "why"),

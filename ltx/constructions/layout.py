@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltx.checks import one_of
 from ltx.errors import ConstructionError
-from ltx.graph import Graph, Node, above
+from ltx.graph import Graph, above
 
 IMAGE = "input"  # the stream of the image itself
 IMAGES, FLATTENED, VECTORS = "images", "flattened images", "vectors"  # of one number for each channel
@@ -198,14 +198,20 @@ def constant_value(graph: Graph, place: str, start: Mapping[str, Tensor], channe
         channels: (n,) whose batch norm each slot has.
     """
 
-    def value(node: Node) -> Tensor:
+    behind = {place}
+    for node in reversed(graph.nodes):
+        if node.name in behind and node.op != "layer":
+            behind.update(node.inputs)
+    values: dict[str, Tensor] = {}
+    for node in (node for node in graph.nodes if node.name in behind):
+        inside = [values[name] for name in node.inputs if name in values]
         if node.op == "layer":
-            return start.get(node.name, torch.zeros(len(channels), dtype=torch.float64))
-        inside = [value(graph[name]) for name in node.inputs]
-        if node.batch_norm is not None:
-            return inside[0] * node.batch_norm.scale.double()[channels] + node.batch_norm.shift.double()[channels]
-        if node.activation is not None:
-            return node.activation.fn(inside[0])
-        return inside[0] + inside[1] if node.op == "add" else inside[0]
-
-    return value(graph[place])
+            values[node.name] = start.get(node.name, torch.zeros(len(channels), dtype=torch.float64))
+        elif node.batch_norm is not None:
+            scale, shift = (part.double()[channels] for part in (node.batch_norm.scale, node.batch_norm.shift))
+            values[node.name] = inside[0] * scale + shift
+        elif node.activation is not None:
+            values[node.name] = node.activation.fn(inside[0])
+        else:
+            values[node.name] = inside[0] + inside[1] if node.op == "add" else inside[0]
+    return values[place]
