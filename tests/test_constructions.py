@@ -1,5 +1,6 @@
 """The theorems, asserted on small networks: every parameter within epsilon, deviation bounded and proportional."""
 
+import importlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -30,6 +31,40 @@ def single_layer(activation, *, seed=0, padding=1, stride=1, dilation=1, kernel=
     )
     randomise(model[0], torch.Generator().manual_seed(seed), density)
     return model.eval()
+
+
+@pytest.mark.parametrize(("activation", "signs"), [("relu", (1, -1)), ("tanh", (0,)), ("sigmoid", (0,))])
+@pytest.mark.parametrize("together", [(512, 64), (40, 1)])
+def test_rows_serve_the_first_input_that_lacks_them(activation, signs, together, monkeypatch):
+    """Row by row, for more inputs than the construction looks at together, which is to make no difference."""
+    m, module = 20, importlib.import_module("ltx.constructions.two_for_one")
+    for name, value in zip(("ROWS", "AHEAD"), together, strict=True):
+        monkeypatch.setattr(module, name, value)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(200, 2), ACTIVATIONS[activation].module(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.1 + 0.3 * torch.rand(p.shape, generator=torch.Generator().manual_seed(0)))
+    ticket = construct(model, construction="2L", base_set_size=m, epsilon=0.09)
+    copies = ticket.layers[0]
+    lacking = dict.fromkeys([*((j, sign) for j in range(200) for sign in signs), (-1, signs[0])], m)
+    kept = []
+    step = 2 if activation == "sigmoid" else 1
+    for row in range(0, copies.shape[0], step):
+        weights = source.weights(copies, 0, torch.full((200,), row), torch.arange(200)).tolist()
+        there = [*weights, *source.biases(copies, 0, torch.tensor([row])).tolist()]
+        who = next((n for n in lacking if n[1] in (0, math.copysign(1, there[n[0]]))), None)
+        if who is not None:
+            kept += [(row + r, who[0]) for r in range(step)]
+            lacking[who] -= 1
+            if not lacking[who]:
+                del lacking[who]
+    assert not lacking
+    assert copies.shape[0] == kept[-1][0] + 1
+    mask = ticket.masks[copies.name]  # without the rows that no subset has
+    read = {*zip((mask // 200).tolist(), (mask % 200).tolist(), strict=True)}
+    assert read <= {*kept}
+    assert {(row, -1) for row in ticket.bias_masks[copies.name].tolist()} <= {*kept}
+    assert len({column for _, column in read}) == 200
 
 
 @everywhere

@@ -135,8 +135,8 @@ class Stream:
         wanted = torch.tensor([copies] * len(channels) + [constants] * (constants > 0), dtype=torch.int64)
         for attempts in range(MAX_ROWS_PER_SLOT + 1):
             self._attempt(behind, kinds)
-            found = self.channels[self.live(behind)]
-            short = (wanted - (found == kinds[:, None]).sum(1)).clamp_min(0)
+            found = torch.bincount(self.channels[self.live(behind)] - CONSTANT, minlength=self.width - CONSTANT)
+            short = (wanted - found[kinds - CONSTANT]).clamp_min(0)
             if not short.any():
                 break
             if attempts == MAX_ROWS_PER_SLOT or (

@@ -34,6 +34,7 @@ from ltx.graph import Graph, above
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD
 
+ROWS, AHEAD = 512, 64  # of the 1x1 layer that are looked at together, at entries for as many rows and some more
 SMALLEST_SIGMA = 1e-30  # so that its inverse is a float32 too
 log = logging.getLogger(__name__)
 ROUNDING = 0.01  # of a parameter by float32, for an input of 1: what is bearable, where epsilon is not larger
@@ -268,6 +269,14 @@ def _slopes(phi: Activation, law: PairLaw, sign: int) -> tuple[float, float]:
     return (same, other) if sign > 0 else (other, same)
 
 
+def _entries(layer: SourceLayer, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """What each of `rows` (n,) has at each of `columns` (k,), its bias where they are -1: (n, k) float32."""
+    found = source.weights(
+        layer, seed, rows[:, None].expand(-1, len(columns)), columns.clamp_min(0).expand(len(rows), -1)
+    )
+    return torch.where(columns < 0, source.biases(layer, seed, rows)[:, None], found) if (columns < 0).any() else found
+
+
 def _match(
     layer: SourceLayer, seed: int, needs: list[tuple[int, int]], m: int, *, step: int
 ) -> tuple[Tensor, Tensor, int]:
@@ -286,30 +295,34 @@ def _match(
     values: list[list[float]] = [[] for _ in needs]
     lacking = list(range(len(needs)))  # lists of Python's: a step of the loop takes a microsecond
     begin = used = 0
+    usual = ahead = ROWS // m + AHEAD  # needs whose turn may come within so many rows
     while lacking:
-        block = torch.arange(begin, begin + 512 * step, step)
-        entries = source.weights(
-            layer, seed, block[:, None].expand(-1, len(needs)), columns.clamp_min(0).expand(len(block), -1)
-        )
-        if (columns < 0).any():
-            entries = torch.where(columns < 0, source.biases(layer, seed, block)[:, None], entries)
-        fits = torch.where(sign == 0, entries != 0, entries.sign() == sign)
-        matched = []  # (row of the block, need)
+        near = lacking[:ahead]
+        block = torch.arange(begin, begin + ROWS * step, step)
+        entries = _entries(layer, seed, block, columns[near])
+        fits = torch.where(sign[near] == 0, entries != 0, entries.sign() == sign[near])
+        matched = []  # (row of the block, position in `near`)
+        left, done = list(range(len(near))), ROWS
         for at, fit in enumerate(fits.numpy().tolist()):
-            need = next((need for need in lacking if fit[need]), None)
-            if need is None:
+            which = next((i for i in left if fit[i]), None)
+            if which is None:
+                if len(left) < len(lacking):  # it may serve one that is further ahead
+                    done = at
+                    break
                 continue
-            matched.append((at, need))
-            rows[need].append(begin + at * step)
+            matched.append((at, which))
+            rows[near[which]].append(begin + at * step)
             used = begin + (at + 1) * step
-            if len(rows[need]) == m:
-                lacking.remove(need)
+            if len(rows[near[which]]) == m:
+                left.remove(which)
+                lacking.remove(near[which])
                 if not lacking:
                     break
         if matched:
-            for (_, need), value in zip(matched, entries[tuple(torch.tensor(matched).T)].tolist(), strict=True):
-                values[need].append(value)
-        begin += 512 * step
+            for (_, which), value in zip(matched, entries[tuple(torch.tensor(matched).T)].tolist(), strict=True):
+                values[near[which]].append(value)
+        begin += done * step
+        ahead = usual if done else 2 * ahead
     shape = (len(needs), m)
     return (
         torch.tensor(rows, dtype=torch.int64).view(shape), torch.tensor(values, dtype=torch.float64).view(shape),
