@@ -196,7 +196,6 @@ class Approximation:
         yield from self._linearisation(node, layer, rows, parameter, values)
         weight = target.weight.view(len(target.weight), -1, taps).double()
         ins = weight.shape[1]
-        live = labels != DEAD
         constant_row = labels == CONSTANT
 
         sums = torch.zeros(layer.shape[0] * len(sets), ins * taps, dtype=torch.float64)
@@ -212,19 +211,12 @@ class Approximation:
         yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning, sign)
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
 
-        wanted = torch.zeros(layer.shape[0], ins * taps, dtype=torch.float64)
-        channels = live & ~constant_row
-        wanted[channels] = weight.flatten(1)[labels[channels]]
-        wanted = wanted.repeat_interleave(len(sets), 0)
         epsilon, within = self.ticket.epsilon, self.ticket.within
-        yield from self._compare(
-            layer, sums, kept, wanted, channels.repeat_interleave(len(sets)), len(sets), epsilon, taps
-        )
-
-        bias = torch.zeros(layer.shape[0], dtype=torch.float64)
-        bias[channels] = target.bias.double()[labels[channels]]
+        yield from self._compare(layer, sums, kept, weight.flatten(1), labels, len(sets), epsilon, taps)
         has = torch.bincount(rows[constant], minlength=layer.shape[0]) > 0
-        yield from self._compare(layer, bias_sum[:, None], has[:, None], bias[:, None], channels, 1, epsilon)
+        yield from self._compare(
+            layer, bias_sum[:, None], has[:, None], target.bias.double()[:, None], labels, 1, epsilon
+        )
         off = constant_row & has & ~((bias_sum - 1).abs() <= epsilon + ROUNDING)
         for row in off.nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}, row {row}: a constant sums to {float(bias_sum[row]):.6g}, not to 1"
@@ -265,22 +257,30 @@ class Approximation:
         for channel, count in zip(sets[0, many > most][:1].tolist(), many[many > most][:1].tolist(), strict=True):
             yield f"layer {layer.name}: reads {count} slots of input channel {channel}, a base set has {most}"
 
-    def _compare(self, layer, sums, kept, wanted, rows, sets, epsilon, taps=0) -> Iterator[str]:
-        """taps: of a weight; 0 for a bias."""
+    def _compare(self, layer, sums, kept, target, labels, sets, epsilon, taps=0) -> Iterator[str]:
+        """Sums (R * sets, P), where any are kept, beside the target's parameters (C, P) that rows stand for.
+
+        taps: of a weight; 0 for a bias.
+        """
         what = "weight" if taps else "bias"
-        big = (wanted.abs() > epsilon) & rows[:, None]
-        error = (sums - wanted).abs()
-        self.compared += int(big.sum())
-        if big.any():
-            self.worst = max(self.worst, float(error[big].max()))
-        for row, column in (big & ~(error <= self.ticket.within + ROUNDING)).nonzero()[:3].tolist():
+        labels = labels.repeat_interleave(sets)
+        stands = (labels >= 0)[:, None]
+        big = (target.abs() > epsilon)[labels.clamp_min(0)] & stands
+        index = big.nonzero(as_tuple=True)
+        found, wanted = sums[index], target[labels[index[0]], index[1]]
+        error = (found - wanted).abs()
+        self.compared += len(error)
+        if len(error):
+            self.worst = max(self.worst, float(error.max()))
+        for at in (~(error <= self.ticket.within + ROUNDING)).nonzero()[:3, 0].tolist():
+            row, column = (int(part[at]) for part in index)
             where = f"layer {layer.name}, row {row // sets}, {what}"
             where += f" (input channel {column // taps}, tap {column % taps})" if taps else ""
             yield (
-                f"{where}: {float(sums[row, column]):.6g} is {float(error[row, column]):.3g} from the target's "
-                f"{float(wanted[row, column]):.6g}, more than {self.ticket.within:g}"
+                f"{where}: {float(found[at]):.6g} is {float(error[at]):.3g} from the target's "
+                f"{float(wanted[at]):.6g}, more than {self.ticket.within:g}"
             )
-        for row, column in (kept & ~big & rows[:, None]).nonzero()[:3].tolist():
+        for row, column in (kept & ~big & stands).nonzero()[:3].tolist():
             where = f"input channel {column // taps}, tap {column % taps}" if taps else what
             yield (
                 f"layer {layer.name}, row {row // sets}, {where}: keeps parameters where the target has none "
