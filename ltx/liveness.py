@@ -32,7 +32,7 @@ def read_channels(
             entries = given[f"{node.name}.weight"].ne(0).any(0).nonzero().flatten()
             wanted = entries // node.attributes["taps"]
         elif node.op == "layer":
-            wanted = columns(node.attributes["layer"], mine)
+            wanted = torch.bincount(columns(node.attributes["layer"], mine)).nonzero().flatten()
         else:
             wanted = mine
         for name in node.inputs:

@@ -63,10 +63,11 @@ class TicketNetwork(nn.Module):
         out = self._read[node.name]
         inside = torch.arange(layer.row_size // layer.taps) if whole else self._read[node.inputs[0]]
         rows, offsets, values = ticket.kept(layer.name)
-        there = torch.isin(rows, out)
-        rows, values = torch.searchsorted(out, rows[there]), values[there]
-        channel, tap = offsets[there] // layer.taps, offsets[there] % layer.taps
-        offsets = torch.searchsorted(inside, channel) * layer.taps + tap
+        rows = _positions(out, layer.shape[0])[rows]
+        there = rows >= 0
+        rows, offsets, values = rows[there], offsets[there], values[there]
+        channel = _positions(inside, layer.row_size // layer.taps)[offsets // layer.taps]
+        offsets = channel * layer.taps + offsets % layer.taps
         bias = ticket.bias(layer.name)[out]
         dense = torch.zeros(len(out), len(inside) * layer.taps)
         dense[rows, offsets] = values
@@ -165,6 +166,13 @@ class TicketNetwork(nn.Module):
         """The storage of weights that move elsewhere is let go."""
         self._sparse.clear()
         return super()._apply(fn, recurse)
+
+
+def _positions(channels: Tensor, many: int) -> Tensor:
+    """Where each of so many channels is among `channels`; -1: nowhere."""
+    found = torch.full((many,), -1)
+    found[channels] = torch.arange(len(channels))
+    return found
 
 
 def _activations(graph: Sequence[TicketNode]) -> dict[str, Activation]:

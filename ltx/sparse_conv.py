@@ -40,7 +40,7 @@ class SparseConvolution:
         self.begin = np.searchsorted(rows.numpy(), np.arange(many + 1))
         self.channel = (offsets // taps).numpy()
         self.dy, self.dx = tap // kernel[1] * dilation[0], tap % kernel[1] * dilation[1]
-        self.used = np.unique(self.channel)
+        self.used = np.flatnonzero(np.bincount(self.channel))
         self.stride, self.padding = stride, padding
         self.reach = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
 

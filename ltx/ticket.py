@@ -150,7 +150,9 @@ class Ticket:
 
         def columns(name: str, read: Tensor) -> Tensor:
             layer, mask = self.layer(name), self.masks[name]
-            mask = mask[torch.isin(mask // layer.row_size, read)]
+            keep = torch.zeros(layer.shape[0], dtype=torch.bool)
+            keep[read] = True
+            mask = mask[keep[mask // layer.row_size]]
             return mask % layer.row_size // layer.taps
 
         return read_channels(self.graph, self.given, columns)

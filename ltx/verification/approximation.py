@@ -252,7 +252,7 @@ class Approximation:
             yield f"layer {layer.name}, row {term // (2 * size)}: a sum has more terms than a base set of the ticket"
         if self.ticket.feedback:
             return
-        read = columns.unique()
+        read = torch.bincount(columns).nonzero().flatten()
         sets, many = torch.stack([meaning[read], sign[read].long(), position[read]]).unique(dim=1, return_counts=True)
         for channel, count in zip(sets[0, many > most][:1].tolist(), many[many > most][:1].tolist(), strict=True):
             yield f"layer {layer.name}: reads {count} slots of input channel {channel}, a base set has {most}"
