@@ -69,7 +69,7 @@ class RowSolver:
         base, tap, theta = (torch.cat([getattr(p, part) for p in problems]) for part in ("base", "tap", "theta"))
         begin = self.sizes.cumsum(0) - self.sizes
         self._tensors: dict[str, tuple[Tensor, ...]] = {
-            "cpu": (self.sizes, begin, base, tap, theta, bases.columns, bases.multipliers)
+            "cpu": (self.sizes, begin, base, tap, theta, bases.columns * layer.taps, bases.multipliers)
         }
 
     def attempt(self, rows: Tensor, kinds: Tensor) -> Attempt:
@@ -83,16 +83,15 @@ class RowSolver:
             nothing = torch.empty(0, dtype=torch.int64)
             return Attempt(torch.ones(len(rows), dtype=torch.bool), sums, self.sizes[kinds], nothing, nothing)
         device = self.device if many > FEW else "cpu"
-        sizes, begin, base, tap, theta, columns, multipliers = self._on(device)
+        sizes, begin, base, tap, theta, starts, multipliers = self._on(device)
         rows, kinds = rows.to(device), kinds.to(device)
         counts = sizes[kinds]
         which = torch.repeat_interleave(torch.arange(len(rows), device=device), counts, output_size=many)
         index = torch.arange(many, device=device) - (counts.cumsum(0) - counts - begin[kinds])[which]
         base = base[index]
-        offsets = columns[base] * self.layer.taps + tap[index][:, None]  # (P, m)
-        row = rows[which][:, None].expand_as(offsets)
-        weight = source.weights(self.layer, self.seed, row, offsets)
-        values = weight.double() * multipliers[base]
+        offsets = starts[base].add_(tap[index][:, None])  # (P, m)
+        row = rows[which]
+        values = multipliers[base].mul_(source.weights(self.layer, self.seed, row[:, None].expand_as(offsets), offsets))
         found = subset_sum.solve(values, theta[index], self.epsilon, selection=self.selection)
         error, chosen = torch.as_tensor(found.error), torch.as_tensor(found.members(offsets.shape[1]))
         failures = torch.bincount(which[error > self.epsilon], minlength=len(rows))
@@ -102,7 +101,8 @@ class RowSolver:
             mine = torch.where(chosen[constant], values[constant], 0.0).cpu()  # added up there: the same for any device
             sums.index_add_(0, which[constant].cpu(), mine.sum(1))
         chosen &= good[which][:, None]
-        kept_rows, kept_offsets = row[chosen].cpu(), offsets[chosen].cpu()
+        kept = chosen.flatten().nonzero().flatten()
+        kept_rows, kept_offsets = row[kept // offsets.shape[1]].cpu(), offsets.flatten()[kept].cpu()
         if self.bases.paired:
             kept_rows, kept_offsets = kept_rows.repeat(2), torch.cat([kept_offsets, kept_offsets + self.layer.taps])
         return Attempt(good.cpu(), sums, failures.cpu(), kept_rows, kept_offsets)
