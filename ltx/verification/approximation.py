@@ -198,30 +198,25 @@ class Approximation:
         ins = weight.shape[1]
         constant_row = labels == CONSTANT
 
-        sums = torch.zeros(layer.shape[0] * len(sets), ins * taps, dtype=torch.float64)
-        kept = torch.zeros_like(sums, dtype=torch.bool)
-        into = ~constant
-        set_of = torch.where(sign[channel] < 0, len(sets) - 1, 0)
-        index = (rows * len(sets) + set_of)[into], parameter[into]
-        if len(index[1]) and (int(index[1].min()) < 0 or int(index[1].max()) >= ins * taps):
+        into = ~constant if bool(constant.any()) else slice(None)  # of what may be many millions no copy is made
+        negative = sign[channel] < 0
+        which = rows * len(sets) + torch.where(negative, len(sets) - 1, 0)
+        entries = which[into], parameter[into], term[into], negative[into]
+        if len(entries[1]) and (int(entries[1].min()) < 0 or int(entries[1].max()) >= ins * taps):
             yield f"layer {layer.name}: reads a channel that is pruned"
             return
-        sums.index_put_(index, term[into], accumulate=True)
-        kept[index] = True
-        yield from self._base_sets(node, layer, rows[into], channel[into], parameter[into], meaning, sign)
-        bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
+        yield from self._base_sets(node, layer, channel[into], meaning, sign)
 
         epsilon, within = self.ticket.epsilon, self.ticket.within
-        yield from self._compare(layer, sums, kept, weight.flatten(1), labels, len(sets), epsilon, taps)
+        yield from self._compare(layer, entries, weight.flatten(1), labels.repeat_interleave(len(sets)), taps)
+        biases = rows[constant], torch.zeros_like(rows[constant]), term[constant], negative[constant]
+        yield from self._compare(layer, biases, target.bias.double()[:, None], labels)
+        bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
         has = torch.bincount(rows[constant], minlength=layer.shape[0]) > 0
-        yield from self._compare(
-            layer, bias_sum[:, None], has[:, None], target.bias.double()[:, None], labels, 1, epsilon
-        )
         off = constant_row & has & ~((bias_sum - 1).abs() <= epsilon + ROUNDING)
         for row in off.nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}, row {row}: a constant sums to {float(bias_sum[row]):.6g}, not to 1"
-        stray = kept.view(layer.shape[0], -1).any(1) & constant_row
-        for row in stray.nonzero().flatten()[:1].tolist():
+        for row in rows[into][constant_row[rows[into]]][:1].tolist():
             yield f"layer {layer.name}: row {row} is labelled constant and reads a channel that is not"
         self.constants[node.name] = torch.where(constant_row, bias_sum, torch.nan)
         if node.inputs[0] in self.copies:
@@ -233,54 +228,68 @@ class Approximation:
             high = max(float((size + target.bias.abs().double() + within).max()), 1 + within)
             self.range[node.name] = -high, high
 
-    def _base_sets(self, node, layer, rows, columns, parameter, meaning, sign) -> Iterator[str]:
-        """Sums have no more terms than base sets, and of a channel no more columns are read: m, or m opposites.
+    def _largest_subset(self, layer) -> int | None:
+        """Terms that a sum has at most; of opposite columns two are one."""
+        most = self.ticket.largest_subset
+        return None if most is None else most * (2 if layer.opposite == "columns" else 1)
 
-        With feedback narrow layers have more slots, and where it has a bound subsets a largest size of their own.
+    def _base_sets(self, node, layer, columns, meaning, sign) -> Iterator[str]:
+        """Of a channel no more columns are read than a base set has: m, or m opposites.
 
-        In a pair base sets are of a channel, a position and a sign. Copies of both signs share one where the
-        activation's slopes are odd or its offset cancels; elsewhere an input that is not negative needs one sign alone,
-        but the construction need not know that it is not.
+        With feedback narrow layers have more slots. In a pair base sets are of a channel, a position and a sign. Copies
+        of both signs share one where the activation's slopes are odd or its offset cancels; elsewhere an input that is
+        not negative needs one sign alone, but the construction need not know that it is not.
         """
-        if self.ticket.largest_subset is None:
+        most = self._largest_subset(layer)
+        if most is None or self.ticket.feedback:
             return
-        most = self.ticket.largest_subset * (2 if layer.opposite == "columns" else 1)
         position = self._copied(node).tap if node.inputs[0] in self.copies else torch.zeros_like(meaning)
-        size = int(parameter.max()) + 1 if len(parameter) else 1
-        terms = torch.bincount((rows * size + parameter) * 2 + (sign[columns] < 0))
-        for term in (terms > most).nonzero().flatten()[:1].tolist():
-            yield f"layer {layer.name}, row {term // (2 * size)}: a sum has more terms than a base set of the ticket"
-        if self.ticket.feedback:
-            return
         read = torch.bincount(columns).nonzero().flatten()
         sets, many = torch.stack([meaning[read], sign[read].long(), position[read]]).unique(dim=1, return_counts=True)
         for channel, count in zip(sets[0, many > most][:1].tolist(), many[many > most][:1].tolist(), strict=True):
             yield f"layer {layer.name}: reads {count} slots of input channel {channel}, a base set has {most}"
 
-    def _compare(self, layer, sums, kept, target, labels, sets, epsilon, taps=0) -> Iterator[str]:
-        """Sums (R * sets, P), where any are kept, beside the target's parameters (C, P) that rows stand for.
+    def _compare(self, layer, entries, target, labels, taps=0) -> Iterator[str]:
+        """Sums beside the target's parameters (C, P) above epsilon, of the rows that they stand for.
 
+        They have no more terms of either sign than base sets have, or than feedback allows where it has a bound.
+
+        entries: (n,) each, which sum, which parameter of the row, the term, and whether it is of the negative base set.
+        labels: of the sums, those of a row one behind the other.
         taps: of a weight; 0 for a bias.
         """
-        what = "weight" if taps else "bias"
-        labels = labels.repeat_interleave(sets)
-        stands = (labels >= 0)[:, None]
-        big = (target.abs() > epsilon)[labels.clamp_min(0)] & stands
-        index = big.nonzero(as_tuple=True)
-        found, wanted = sums[index], target[labels[index[0]], index[1]]
-        error = (found - wanted).abs()
+        what, sets = "weight" if taps else "bias", len(labels) // layer.shape[0]
+        which, parameter, term, negative = entries
+        big = target.abs() > self.ticket.epsilon
+        many = big.sum(1)
+        count = torch.where(labels >= 0, many[labels.clamp_min(0)], 0)  # parameters of each sum
+        begin = count.cumsum(0) - count
+        place = torch.where(big, big.cumsum(1) - 1, -1)[labels[which].clamp_min(0), parameter]
+        stands = labels[which] >= 0
+        there = stands & (place >= 0)
+        place = (begin[which] + place)[there]
+        sums = torch.zeros(int(count.sum()), dtype=torch.float64).index_add_(0, place, term[there])
+
+        of = torch.repeat_interleave(count)
+        index = (many.cumsum(0) - many)[labels[of]] + torch.arange(len(of)) - begin[of]  # among all that are big
+        wanted, columns = target[big][index], big.nonzero()[:, 1]
+        error = (sums - wanted).abs()
         self.compared += len(error)
         if len(error):
             self.worst = max(self.worst, float(error.max()))
         for at in (~(error <= self.ticket.within + ROUNDING)).nonzero()[:3, 0].tolist():
-            row, column = (int(part[at]) for part in index)
-            where = f"layer {layer.name}, row {row // sets}, {what}"
+            column = int(columns[index[at]])
+            where = f"layer {layer.name}, row {int(of[at]) // sets}, {what}"
             where += f" (input channel {column // taps}, tap {column % taps})" if taps else ""
             yield (
-                f"{where}: {float(found[at]):.6g} is {float(error[at]):.3g} from the target's "
+                f"{where}: {float(sums[at]):.6g} is {float(error[at]):.3g} from the target's "
                 f"{float(wanted[at]):.6g}, more than {self.ticket.within:g}"
             )
-        for row, column in (kept & ~big & stands).nonzero()[:3].tolist():
+        most, terms = self._largest_subset(layer), torch.bincount(2 * place + negative[there])
+        for at in [] if most is None else (terms > most).nonzero().flatten()[:1].tolist():
+            row = int(of[at // 2]) // sets
+            yield f"layer {layer.name}, row {row}: a sum has more terms than a base set of the ticket"
+        for row, column in torch.stack([which, parameter], 1)[stands & ~there].unique(dim=0)[:3].tolist():
             where = f"input channel {column // taps}, tap {column % taps}" if taps else what
             yield (
                 f"layer {layer.name}, row {row // sets}, {where}: keeps parameters where the target has none "
