@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ltx import operations
 from ltx.activations import Activation, from_attributes
 from ltx.defaults import usual_defaults
-from ltx.sparse_conv import KeptPlaces, serves
+from ltx.errors import LtxError
+from ltx.source import SourceLayer
+from ltx.sparse_conv import SPARSE_BELOW, KeptPlaces, SparseConvolution, numbers_alone, serves
 from ltx.ticket import Ticket, TicketNode
 
 
@@ -69,10 +71,18 @@ class TicketNetwork(nn.Module):
         channel = _positions(inside, layer.row_size // layer.taps)[offsets // layer.taps]
         offsets = channel * layer.taps + offsets % layer.taps
         bias = ticket.bias(layer.name)[out]
-        dense = torch.zeros(len(out), len(inside) * layer.taps)
-        dense[rows, offsets] = values
-        shape = (len(out), len(inside), *layer.shape[2:]) if layer.kind == "conv" else dense.shape
-        self._hold(node.name, dense.view(shape), bias)
+        inside_shape = (len(inside), *layer.shape[2:]) if layer.kind == "conv" else (len(inside) * layer.taps,)
+        shape = torch.Size((len(out), *inside_shape))
+        self._hold_entries(node.name, layer, shape, (rows, offsets, values), bias)
+
+    def _hold_entries(
+        self, name: str, layer: SourceLayer, shape: torch.Size, entries: tuple[Tensor, Tensor, Tensor], bias: Tensor
+    ) -> None:
+        """A layer whose entries (rows, offsets, values) are not zero."""
+        rows, offsets, values = entries
+        dense = torch.zeros(shape)
+        dense.flatten(1)[rows, offsets] = values
+        self._hold(name, dense, bias)
 
     def _add_narrowing(self, node: TicketNode) -> None:
         """Hold which of its inputs' channels a node takes, where not all."""
@@ -166,6 +176,44 @@ class TicketNetwork(nn.Module):
         """The storage of weights that move elsewhere is let go."""
         self._sparse.clear()
         return super()._apply(fn, recurse)
+
+
+class SparseNetwork(TicketNetwork):
+    """The same outputs on a CPU, in float32, of kept entries: kernels that are mostly empty are nowhere as a whole.
+
+    In L+1 those of wide networks are gigabytes. Anything but outputs (gradients, tangents, `torch.compile`,
+    other types and devices) is refused when it is run, as an LtxError.
+    """
+
+    def __init__(self, ticket: Ticket):
+        self._convolutions: dict[str, SparseConvolution] = {}
+        super().__init__(ticket)
+
+    def _hold_entries(
+        self, name: str, layer: SourceLayer, shape: torch.Size, entries: tuple[Tensor, Tensor, Tensor], bias: Tensor
+    ) -> None:
+        rows, offsets, values = entries
+        if layer.kind == "linear" or len(rows) >= SPARSE_BELOW * shape.numel():
+            super()._hold_entries(name, layer, shape, entries, bias)
+            return
+        self._convolutions[name] = SparseConvolution.of(layer, shape, rows, offsets)
+        self.register_buffer(f"{self._keys[name]}_values", values)
+        self.register_buffer(f"{self._keys[name]}_bias", bias)
+
+    def _apply_layer(self, node: TicketNode, x: Tensor) -> Tensor:
+        convolution, key = self._convolutions.get(node.name), self._keys[node.name]
+        if convolution is None:
+            return super()._apply_layer(node, x)
+        values, bias = getattr(self, f"{key}_values"), getattr(self, f"{key}_bias")
+        if not numbers_alone(x, values, bias):
+            raise LtxError(
+                f"node '{node.name}': a ticket's sparse module gives outputs alone, in float32 on the CPU, without "
+                "gradients (torch.no_grad()) and not compiled; use ticket.to_module()"
+            )
+        try:
+            return convolution(x, values, bias)
+        except ValueError as error:
+            raise LtxError(f"node '{node.name}': {error}") from None
 
 
 def _positions(channels: Tensor, many: int) -> Tensor:

@@ -44,10 +44,20 @@ class SparseConvolution:
         self.stride, self.padding = stride, padding
         self.reach = (dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1))
 
+    @classmethod
+    def of(cls, layer: SourceLayer, shape: torch.Size, rows: Tensor, offsets: Tensor) -> SparseConvolution:
+        """That of a source layer with a weight (C_out, C_in, kernel...) of this shape."""
+        return cls(
+            rows, offsets, shape=shape[:2], kernel=shape[2:],  # type: ignore[arg-type]
+            stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
+        )  # fmt: skip
+
     def __call__(self, x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """(N, C_in, H, W), the entries' values and biases (C_out,), float32 on the CPU -> (N, C_out, H', W')."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"input of shape {tuple(x.shape)}: the convolution takes {self.channels} channels")
+        if any(x.shape[2 + d] + 2 * self.padding[d] <= self.reach[d] for d in (0, 1)):
+            raise ValueError(f"input of shape {tuple(x.shape)}: it is smaller than the kernel")
         h, w = ((x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1))
         # a zero-padded image of every sy-th row and sx-th column; with stride 1 the zeros behind a row or an image
         # are those before the next one
@@ -83,10 +93,7 @@ class KeptPlaces:
         places = weight.reshape(-1).nonzero()[:, 0]
         convolution, row_size = None, weight[0].numel()
         if len(places) < SPARSE_BELOW * weight.numel():
-            convolution = SparseConvolution(
-                places // row_size, places % row_size, shape=weight.shape[:2], kernel=weight.shape[2:],  # type: ignore[arg-type]
-                stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
-            )  # fmt: skip
+            convolution = SparseConvolution.of(layer, weight.shape, places // row_size, places % row_size)
         return cls(cls._state(weight), weight.untyped_storage(), places, convolution)
 
     def are_of(self, weight: Tensor) -> bool:
@@ -100,16 +107,18 @@ class KeptPlaces:
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SourceLayer) -> bool:
     """Whether a sparse convolution of this layer may stand in for PyTorch's."""
-    return bias is not None and _value_alone(x, weight, bias) and _fits(x, weight, bias, layer)
-
-
-def _value_alone(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether these are numbers in memory, and nothing but an output in float32 is asked of them."""
-    if not value_alone(x, weight, bias) or _get_current_dispatch_mode():
+    if bias is None or not numbers_alone(x, weight, bias):
         return False
     if weight.requires_grad or bias.requires_grad or weight.is_inference():
         return False  # changes of inference tensors are not counted, nor those by fused optimisers
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t) for t in (x, weight, bias))
+    return _fits(x, weight, bias, layer)
+
+
+def numbers_alone(*tensors: Tensor) -> bool:
+    """Whether these are numbers in memory, and nothing but an output in float32 is asked of them."""
+    if not value_alone(*tensors) or _get_current_dispatch_mode():
+        return False
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 and _in_memory(t) for t in tensors)
 
 
 def _in_memory(tensor: Tensor) -> bool:

@@ -299,3 +299,44 @@ def test_a_layer_that_is_not_there(ticket):
     for asked in (ticket.layer, ticket.kept, ticket.weight, ticket.bias):
         with pytest.raises(LtxError, match=f"the ticket has no layer 'nope'; there are {names}"):
             asked("nope")
+
+
+@pytest.mark.parametrize("construction", ["2L", "L+1"])
+@pytest.mark.parametrize("pair", [{}, {"pair_kernel": 3, "pair_stride": "first"}])
+@torch.no_grad()
+def test_a_sparse_module_computes_the_same_of_kept_entries_alone(model, images, construction, pair):
+    strided = copy.deepcopy(model)
+    strided[3].stride = (2, 2)
+    ticket = ltx.construct(strided, construction=construction, base_set_size=20, input_range=(0.0, 1.0), **pair)
+    usual, sparse = ticket.to_module(), ticket.to_module(sparse=True)
+    for node in ("3", ticket.graph[-1].name):
+        assert torch.equal(usual.run(images, keep=[node])[node], sparse.run(images, keep=[node])[node])
+    values = [buffer for name, buffer in sparse.named_buffers() if name.endswith("_values")]
+    assert len(values) == sparse_layers(usual) > 1
+    assert all(value.ndim == 1 and len(value) <= ticket.parameters for value in values)
+    assert max(buffer.numel() for buffer in usual.buffers()) > 4 * sum(buffer.numel() for buffer in sparse.buffers())
+    twin = saved(copy.deepcopy(sparse))
+    assert torch.equal(twin(images), usual(images))
+    with torch.inference_mode():
+        assert torch.equal(ticket.to_module(sparse=True)(images), usual(images))
+    load(twin)
+    assert not torch.allclose(twin(images), usual(images), atol=1e-3)
+
+
+def test_what_a_sparse_module_does_not_give(ticket, images):
+    sparse = ticket.to_module(sparse=True)
+    parameters, values = torch.func.functional_call, {k: v.clone().requires_grad_() for k, v in sparse.named_buffers()}
+    for refused in (
+        lambda: sparse(images.clone().requires_grad_()),
+        lambda: parameters(sparse, values, (images,)),
+        lambda: torch.func.jacrev(sparse)(images),
+        lambda: copy.deepcopy(sparse).double()(images.double()),
+        lambda: make_fx(sparse)(images),
+    ):
+        with pytest.raises(LtxError, match=r"without gradients .* use ticket.to_module\(\)"):
+            refused()
+    with pytest.raises(LtxError, match=r"node '0': input of shape .* is smaller than the kernel"):
+        sparse(images[:, :, :2])
+    for how in ({"device": "cuda"}, {"dense": True}):
+        with pytest.raises(LtxError, match="runs on the CPU and is not dense"):
+            ticket.to_module(sparse=True, **how)
