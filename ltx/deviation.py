@@ -43,8 +43,7 @@ def ticket_deviations(
         network: the ticket as a module, where there is one already.
     """
     target = trace(target)
-    device = str(images.device)
-    network = network or ticket.to_module(device=device, sparse=device == "cpu")
+    network = network or ticket.to_module(device=str(images.device), outputs_only=True)
     names = [n.name for n in target.nodes if n.op == "activation"]
     with torch.no_grad():
         values = network.run(images, keep=names)

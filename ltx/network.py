@@ -156,11 +156,11 @@ class TicketNetwork(nn.Module):
         layer = self._layers[node.attributes["layer"]]
         if weight.requires_grad and node.name in self._sparse:  # trained, maybe by a fused optimiser, then frozen
             del self._sparse[node.name]
-        if not self._dense and serves(x, weight, bias, layer):
+        if not self._dense and serves(x, weight, bias):
             known = self._sparse.get(node.name)
             if known is None or not known.are_of(weight):
                 self._sparse[node.name] = known = KeptPlaces.of(weight, layer)
-            if known.convolution is not None:
+            if known.convolution is not None and known.convolution.takes(x):
                 return known.convolution(x, weight.reshape(-1)[known.places], bias)
         return operations.affine(x, weight, bias, layer.stride, layer.padding, layer.dilation)
 
@@ -207,13 +207,10 @@ class SparseNetwork(TicketNetwork):
         values, bias = getattr(self, f"{key}_values"), getattr(self, f"{key}_bias")
         if not numbers_alone(x, values, bias):
             raise LtxError(
-                f"node '{node.name}': a ticket's sparse module gives outputs alone, in float32 on the CPU, without "
-                "gradients (torch.no_grad()) and not compiled; use ticket.to_module()"
+                f"node '{node.name}': this module gives outputs alone, in float32 on the CPU, without gradients "
+                "(torch.no_grad()) and not compiled; use ticket.to_module()"
             )
-        try:
-            return convolution(x, values, bias)
-        except ValueError as error:
-            raise LtxError(f"node '{node.name}': {error}") from None
+        return convolution(x, values, bias)
 
 
 def _positions(channels: Tensor, many: int) -> Tensor:

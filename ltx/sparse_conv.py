@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ltx.compiled import compiled
+from ltx.errors import LtxError
 from ltx.operations import value_alone
 from ltx.source import SourceLayer
 
@@ -52,12 +53,24 @@ class SparseConvolution:
             stride=layer.stride, padding=layer.padding, dilation=layer.dilation,  # type: ignore[arg-type]
         )  # fmt: skip
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether an input has its channels and is at least as large as its kernel."""
+        return x.ndim == 4 and x.shape[1] == self.channels and all(
+            x.shape[2 + d] + 2 * self.padding[d] > self.reach[d] for d in (0, 1)
+        )  # fmt: skip
+
     def __call__(self, x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """(N, C_in, H, W), the entries' values and biases (C_out,), float32 on the CPU -> (N, C_out, H', W')."""
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"input of shape {tuple(x.shape)}: the convolution takes {self.channels} channels")
-        if any(x.shape[2 + d] + 2 * self.padding[d] <= self.reach[d] for d in (0, 1)):
-            raise ValueError(f"input of shape {tuple(x.shape)}: it is smaller than the kernel")
+        """(N, C_in, H, W), the entries' values and biases (C_out,), float32 on the CPU -> (N, C_out, H', W').
+
+        Raises:
+            LtxError: an input that it does not take.
+        """
+        if not self.takes(x):
+            least = " x ".join(str(max(1, self.reach[d] + 1 - 2 * self.padding[d])) for d in (0, 1))
+            raise LtxError(
+                f"input of shape {tuple(x.shape)}: the convolution takes images of {self.channels} channels and at "
+                f"least {least} pixels"
+            )
         h, w = ((x.shape[2 + d] + 2 * self.padding[d] - self.reach[d] - 1) // self.stride[d] + 1 for d in (0, 1))
         # a zero-padded image of every sy-th row and sx-th column; with stride 1 the zeros behind a row or an image
         # are those before the next one
@@ -105,13 +118,13 @@ class KeptPlaces:
         return weight.data_ptr(), weight.shape, weight.stride(), weight._version
 
 
-def serves(x: Tensor, weight: Tensor, bias: Tensor | None, layer: SourceLayer) -> bool:
-    """Whether a sparse convolution of this layer may stand in for PyTorch's."""
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a sparse convolution, if it takes x, may stand in for PyTorch's, which says what is wrong with others."""
     if bias is None or not numbers_alone(x, weight, bias):
         return False
     if weight.requires_grad or bias.requires_grad or weight.is_inference():
         return False  # changes of inference tensors are not counted, nor those by fused optimisers
-    return _fits(x, weight, bias, layer)
+    return weight.ndim == 4 and weight.numel() > 0 and bias.shape == weight.shape[:1]
 
 
 def numbers_alone(*tensors: Tensor) -> bool:
@@ -130,20 +143,6 @@ def _in_memory(tensor: Tensor) -> bool:
     except (RuntimeError, TypeError):  # TypeError: of another layout
         return False
     return True
-
-
-def _fits(x: Tensor, weight: Tensor, bias: Tensor, layer: SourceLayer) -> bool:
-    """Whether there is a convolution of these shapes; what is wrong with others PyTorch says."""
-    return (
-        x.ndim == weight.ndim == 4 and x.shape[1] == weight.shape[1]
-        and bias.shape == weight.shape[:1] and weight.numel() > 0
-        and all(
-            size + 2 * padding > dilation * (kernel - 1)
-            for size, padding, dilation, kernel in zip(
-                x.shape[2:], layer.padding, layer.dilation, weight.shape[2:], strict=True
-            )
-        )
-    )  # fmt: skip
 
 
 CACHE = 1_300_000  # bytes of padded images that stay in a core's cache; several of them where they are small

@@ -176,23 +176,19 @@ class Ticket:
         return labels
 
     @usual_defaults()
-    def to_module(self, *, device: str = "cpu", dense: bool = False, sparse: bool = False) -> TicketNetwork:
+    def to_module(self, *, device: str = "cpu", dense: bool = False, outputs_only: bool = False) -> TicketNetwork:
         """The ticket as an nn.Module that needs nothing of the target's code.
 
         Of a ticket in which `ltx.verify` finds violations it may be another network than the graph's, or an error.
 
         Args:
             dense: never take the sparse convolutions that are faster on a CPU (`ltx.network.TicketNetwork`).
-            sparse: hold nothing but kept entries, for outputs on the CPU alone (`ltx.network.SparseNetwork`).
-
-        Raises:
-            LtxError: sparse on another device, or both sparse and dense.
+            outputs_only: nothing else is asked of it, so that on a CPU it need hold no more of a convolution than the
+                kept entries (`ltx.network.SparseNetwork`), unless it is dense.
         """
         from ltx.network import SparseNetwork, TicketNetwork
 
-        if sparse and (dense or torch.device(device).type != "cpu"):
-            raise LtxError(f"a sparse module runs on the CPU and is not dense, not with {device=}, {dense=}")
-        if sparse:
+        if outputs_only and not dense and torch.device(device).type == "cpu":
             return SparseNetwork(self)
         return TicketNetwork(self, dense=dense).to(device)
 

@@ -138,7 +138,7 @@ def _explicit(path: Path, ticket: Ticket, target: targets_at.Target, how: dict, 
         "construction_seconds": how.get("seconds"), "problems": how.get("problems"),
         **(feedback_columns(json.loads(ticket.feedback)) if ticket.feedback else {}),
     }  # fmt: skip
-    network = ticket.to_module(device=device, sparse=device == "cpu")
+    network = ticket.to_module(device=device, outputs_only=True)
     return _Candidate(
         target, about, network, lambda images: ticket_deviations(ticket, graph, images, network=network)
     )  # fmt: skip

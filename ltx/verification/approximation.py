@@ -19,6 +19,7 @@ from ltx.graph import Graph
 from ltx.source import SourceLayer
 from ltx.ticket import CONSTANT, DEAD, Ticket, TicketNode
 from ltx.verification.pairs import taps_read, without_padding
+from ltx.verification.sums import Entries, Sums
 
 ROUNDING = 1e-12  # the sums here are formed in another order than the solver's, in float64
 
@@ -199,24 +200,26 @@ class Approximation:
         constant_row = labels == CONSTANT
 
         into = ~constant if bool(constant.any()) else slice(None)  # of what may be many millions no copy is made
-        negative = sign[channel] < 0
-        which = rows * len(sets) + torch.where(negative, len(sets) - 1, 0)
-        entries = which[into], parameter[into], term[into], negative[into]
-        if len(entries[1]) and (int(entries[1].min()) < 0 or int(entries[1].max()) >= ins * taps):
+        negative, mine = sign[channel] < 0, rows[into]
+        entries = Entries(
+            mine * len(sets) + torch.where(negative[into], len(sets) - 1, 0), parameter[into], term[into],
+            negative[into],
+        )  # fmt: skip
+        if len(mine) and (int(entries.parameter.min()) < 0 or int(entries.parameter.max()) >= ins * taps):
             yield f"layer {layer.name}: reads a channel that is pruned"
             return
         yield from self._base_sets(node, layer, channel[into], meaning, sign)
 
         epsilon, within = self.ticket.epsilon, self.ticket.within
         yield from self._compare(layer, entries, weight.flatten(1), labels.repeat_interleave(len(sets)), taps)
-        biases = rows[constant], torch.zeros_like(rows[constant]), term[constant], negative[constant]
+        biases = Entries(rows[constant], torch.zeros_like(rows[constant]), term[constant], negative[constant])
         yield from self._compare(layer, biases, target.bias.double()[:, None], labels)
         bias_sum = torch.zeros(layer.shape[0], dtype=torch.float64).index_add_(0, rows[constant], term[constant])
         has = torch.bincount(rows[constant], minlength=layer.shape[0]) > 0
         off = constant_row & has & ~((bias_sum - 1).abs() <= epsilon + ROUNDING)
         for row in off.nonzero().flatten()[:1].tolist():
             yield f"layer {layer.name}, row {row}: a constant sums to {float(bias_sum[row]):.6g}, not to 1"
-        for row in rows[into][constant_row[rows[into]]][:1].tolist():
+        for row in mine[constant_row[mine]][:1].tolist():
             yield f"layer {layer.name}: row {row} is labelled constant and reads a channel that is not"
         self.constants[node.name] = torch.where(constant_row, bias_sum, torch.nan)
         if node.inputs[0] in self.copies:
@@ -250,49 +253,32 @@ class Approximation:
             yield f"layer {layer.name}: reads {count} slots of input channel {channel}, a base set has {most}"
 
     def _compare(self, layer, entries, target, labels, taps=0) -> Iterator[str]:
-        """Sums beside the target's parameters (C, P) above epsilon, of the rows that they stand for.
+        """Sums are those of the target's parameters above epsilon, of no more terms of either sign than may be.
 
-        They have no more terms of either sign than base sets have, or than feedback allows where it has a bound.
-
-        entries: (n,) each, which sum, which parameter of the row, the term, and whether it is of the negative base set.
         labels: of the sums, those of a row one behind the other.
         taps: of a weight; 0 for a bias.
         """
-        what, sets = "weight" if taps else "bias", len(labels) // layer.shape[0]
-        which, parameter, term, negative = entries
-        big = target.abs() > self.ticket.epsilon
-        many = big.sum(1)
-        count = torch.where(labels >= 0, many[labels.clamp_min(0)], 0)  # parameters of each sum
-        begin = count.cumsum(0) - count
-        place = torch.where(big, big.cumsum(1) - 1, -1)[labels[which].clamp_min(0), parameter]
-        stands = labels[which] >= 0
-        there = stands & (place >= 0)
-        place = (begin[which] + place)[there]
-        sums = torch.zeros(int(count.sum()), dtype=torch.float64).index_add_(0, place, term[there])
-
-        of = torch.repeat_interleave(count)
-        index = (many.cumsum(0) - many)[labels[of]] + torch.arange(len(of)) - begin[of]  # among all that are big
-        wanted, columns = target[big][index], big.nonzero()[:, 1]
-        error = (sums - wanted).abs()
+        sets, most = len(labels) // layer.shape[0], self._largest_subset(layer)
+        sums = Sums.form(entries, target, labels, self.ticket.epsilon)
+        error = (sums.found - sums.wanted).abs()
         self.compared += len(error)
         if len(error):
             self.worst = max(self.worst, float(error.max()))
         for at in (~(error <= self.ticket.within + ROUNDING)).nonzero()[:3, 0].tolist():
-            column = int(columns[index[at]])
-            where = f"layer {layer.name}, row {int(of[at]) // sets}, {what}"
+            column = int(sums.parameter[at])
+            where = f"layer {layer.name}, row {int(sums.of[at]) // sets}, {'weight' if taps else 'bias'}"
             where += f" (input channel {column // taps}, tap {column % taps})" if taps else ""
             yield (
-                f"{where}: {float(sums[at]):.6g} is {float(error[at]):.3g} from the target's "
-                f"{float(wanted[at]):.6g}, more than {self.ticket.within:g}"
+                f"{where}: {float(sums.found[at]):.6g} is {float(error[at]):.3g} from the target's "
+                f"{float(sums.wanted[at]):.6g}, more than {self.ticket.within:g}"
             )
-        most, terms = self._largest_subset(layer), torch.bincount(2 * place + negative[there])
-        for at in [] if most is None else (terms > most).nonzero().flatten()[:1].tolist():
-            row = int(of[at // 2]) // sets
+        for at in [] if most is None else (sums.terms > most).any(1).nonzero()[:1, 0].tolist():
+            row = int(sums.of[at]) // sets
             yield f"layer {layer.name}, row {row}: a sum has more terms than a base set of the ticket"
-        for row, column in torch.stack([which, parameter], 1)[stands & ~there].unique(dim=0)[:3].tolist():
-            where = f"input channel {column // taps}, tap {column % taps}" if taps else what
+        for which, column in sums.stray[:3].tolist():
+            where = f"input channel {column // taps}, tap {column % taps}" if taps else "bias"
             yield (
-                f"layer {layer.name}, row {row // sets}, {where}: keeps parameters where the target has none "
+                f"layer {layer.name}, row {which // sets}, {where}: keeps parameters where the target has none "
                 "above epsilon"
             )
 

@@ -63,8 +63,8 @@ class Rows:
                 many = total if layer.kind == "linear" else said["samples"]
                 chosen = torch.from_numpy(np.sort(order[:many]))
                 claims.append(_Claim(layer.name, _measured_at(self.target, layer.target, shapes), chosen))
-        squares, sums, spread, device = {}, {}, {}, str(self.images.device)
-        network = self.ticket.to_module(device=device, sparse=device == "cpu")
+        squares, sums, spread = {}, {}, {}
+        network = self.ticket.to_module(device=str(self.images.device), outputs_only=True)
         nodes, noise = {claim.node for claim in claims}, None
         for begin in range(0, len(self.images), PART):
             part = self.images[begin : begin + PART]
